@@ -1,0 +1,3068 @@
+# SPDX-License-Identifier: 0BSD
+"""A Management Interface for a Python program, over UNIX datagrams or UDP.
+
+An operator, a script or a monitoring system runs named commands of a running
+program: one datagram asks, one datagram answers, in the line dialect of the
+SIP servers Kamailio and OpenSIPS or in JSON-RPC 2.0, so that the clients
+written for those work here unchanged.
+
+    :cache_flush:\\n            {"jsonrpc":"2.0","method":"cache_flush",
+    zone::all\\n                 "params":{"zone":"all"},"id":1}
+
+    200 OK\\n                   {"jsonrpc":"2.0",
+    Flushed:: 12\\n              "result":{"Flushed":12},"id":1}
+
+Copy this one file into a project and write:
+
+    import mi_datagram
+
+    mi = mi_datagram.Interface()              # has the core commands
+
+    @mi.command
+    def cache_flush(zone: str = "all", limit: int = 0):
+        '''Drop the cached entries of ZONE.'''
+        return {"Flushed": cache.flush(zone, limit)}
+
+    with mi.server("/run/app/mi.sock", unix_socket_mode=0o600):
+        app.run()                             # served in the background
+
+or run `python -m mi_datagram --help`. Only the standard library is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import inspect
+import json
+import logging
+import os
+import re
+import select
+import signal
+import socket
+import socketserver
+import stat
+import struct
+import sys
+import threading
+import time
+import typing
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = [
+    "Client",
+    "CommandError",
+    "Counter",
+    "Deferred",
+    "Error",
+    "Handler",
+    "Interface",
+    "Node",
+    "ParameterError",
+    "Peer",
+    "Reply",
+    "Request",
+    "RequestError",
+    "SocketError",
+    "UDPServer",
+    "UnixServer",
+    "allow_networks",
+    "allow_users",
+    "format_reply",
+    "format_request",
+    "parse_reply",
+    "parse_request",
+]
+__version__ = "1.0"
+
+log = logging.getLogger("mi_datagram")
+audit = logging.getLogger("mi_datagram.audit")
+log.addHandler(logging.NullHandler())
+
+# ---------------------------------------------------------------- limits ----
+
+SOCKET_TIMEOUT = 2000  # ms that a reply may wait for its client (the original's default)
+SOCKET_BUF_SIZE = 65457  # bytes of a request or a reply (the original's: 65,535 less headers)
+UDP_PAYLOAD = 65507  # bytes that one IPv4 datagram can carry
+UNIX_PAYLOAD = 1 << 20  # bytes; beyond this a datagram needs memory in one piece that the kernel rarely has
+UNIX_PATH = 107  # bytes of a socket's path: sun_path less its final NUL
+SEND_BUFFER = 4 << 20  # bytes asked for: replies that no client has read yet are charged to it
+MAX_THREADS = 64  # threads of one server, the one that watches included
+SPARE_THREADS = 8  # idle threads kept for the next slow command
+TICK = 0.0025  # s; a request that takes longer is slow: another thread receives meanwhile
+QUIET_TICKS = 20  # ticks without a request after which the watching stops as well
+BATCH = 64  # calls in one JSON-RPC batch
+DEFER_TIMEOUT = 60_000  # ms that a deferred reply may take
+FRAMES = 8  # innermost frames that `threads` shows of each thread
+WHITE = " \t\n\v\f\r"  # the line dialect's white space; bytes.strip() means the same six
+
+# ---------------------------------------------------------------- errors ----
+
+
+class Error(Exception):
+    """The root of what this module raises."""
+
+
+class ParameterError(Error, ValueError):
+    """A parameter has a value that is not allowed; the text names all three."""
+
+
+class SocketError(ParameterError, OSError):
+    """The socket cannot be made, or cannot be reached, as its name stands."""
+
+
+class RequestError(Error, ValueError):
+    """The bytes are no request or reply of the line dialect, or cannot become one.
+
+    `position` is the offset of the first byte that is wrong, where there is one.
+    """
+
+    def __init__(self, reason: str, position: int | None = None) -> None:
+        super().__init__(reason if position is None else f"{reason} at byte {position}")
+        self.reason = reason
+        self.position = position
+
+
+class CommandError(Error):
+    """Raise it in a command to answer `code reason`; Client raises it for such an answer."""
+
+    def __init__(self, code: int, reason: str, data: Any = None) -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+        self.data = data
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.reason}" + ("" if self.data is None else f" ({self.data})")
+
+
+# What the service itself refuses: the statistic that counts it, the reply in
+# the line dialect, the code and message in JSON-RPC 2.0 (its section 5.1).
+FAULTS = {
+    "parse_errors": (400, "parse error in command", -32700, "Parse error"),
+    "invalid_requests": (500, "command not available", -32600, "Invalid Request"),
+    "unknown_commands": (500, "command not available", -32601, "Method not found"),
+    "bad_arguments": (400, "Too few or too many arguments", -32602, "Invalid params"),
+    "bad_parameters": (400, "Bad parameter", -32602, "Invalid params"),
+    "failed_commands": (500, "command failed", -32000, "Server error"),
+    "too_long_requests": (400, "request too long", -32600, "Invalid Request"),
+    "too_long_replies": (500, "Internal server error", -32603, "Internal error"),
+    "forbidden": (403, "Forbidden", 403, "Forbidden"),
+}
+
+
+class _Fault(CommandError):
+    """One of FAULTS, by the name of its statistic; `detail` is for the log alone."""
+
+    def __init__(self, kind: str, data: str | None = None, detail: object = "") -> None:
+        code, reason, self.json_code, self.json_message = FAULTS[kind]
+        super().__init__(code, reason, data)
+        self.kind = kind
+        self.detail = detail
+
+
+def _note(level: int, text: str, *arguments: object, error: BaseException | None = None) -> None:
+    """Log to the module's logger, with the traceback of ERROR; a log handler that raises stops nothing.
+
+    What came from a peer is printed by %a, and a traceback is indented, so that neither forges a line.
+    """
+    try:
+        if error is not None:
+            text += "%s"
+            arguments += (_traceback(error),)
+        log.log(level, text, *arguments)
+    except Exception:  # there is nobody left to tell
+        pass
+
+
+def _traceback(error: BaseException) -> str:
+    import traceback
+
+    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__)).split("\n")
+    shown = ["".join([c if c.isprintable() else ascii(c)[1:-1] for c in line]) for line in lines if line]
+    return "\n    | ".join(["", *shown])
+
+
+# ---------------------------------------------------------------- values ----
+
+
+@dataclasses.dataclass
+class Node:
+    """One node of a reply's tree: a line in the line dialect.
+
+    `attributes` are printed behind the value; `children` is whatever a command may return.
+    """
+
+    name: str | None = None
+    value: Any = None
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    children: Any = dataclasses.field(default_factory=list)
+
+    def data(self) -> Any:
+        """Give the node as JSON data.
+
+        Its content is the value alone, or the attributes alone, or the children alone, or an
+        object of `value`, `attributes` and `children` where there are several; a node with a
+        name is an object with that one member.
+        """
+        parts = {"value": self.value, "attributes": dict(self.attributes), "children": self.children}
+        parts = {key: part for key, part in parts.items() if part or (key == "value" and part is not None)}
+        content = parts if len(parts) > 1 else next(iter(parts.values()), None)
+        return content if self.name is None else {self.name: content}
+
+
+@dataclasses.dataclass
+class Reply:
+    """A reply with its own code, reason and tree (`nodes`: whatever a command may return)."""
+
+    code: int = 200
+    reason: str = "OK"
+    nodes: Any = dataclasses.field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the code is one of success, 200 to 299."""
+        return 200 <= self.code < 300
+
+
+class Peer:
+    """Who sent a request: the address, and on a UNIX socket what the kernel vouches for.
+
+    `pid`, `uid` and `gid` (real ids; root can claim others) are None where the system does not tell.
+    """
+
+    def __init__(self, address: Any = None, credentials: bytes | None = None) -> None:
+        self.address = address
+        ids: tuple[int | None, ...] = (None, None, None) if credentials is None else struct.unpack("3i", credentials)
+        self.pid, self.uid, self.gid = ids
+
+    def __str__(self) -> str:
+        if isinstance(self.address, tuple):
+            return _udp_name(self.address)
+        return "unknown" if self.uid is None else f"pid {self.pid} uid {self.uid} gid {self.gid}"
+
+
+@dataclasses.dataclass
+class Request:
+    """One call of a command.
+
+    `arguments` has (name, value) pairs in order and as sent, with the name "" for a value by
+    position; `peer` is None where the request came through no socket; `dialect` is "line" or "json".
+    """
+
+    command: str
+    arguments: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
+    peer: Peer | None = None
+    dialect: str = "line"
+    _defer: Callable[[float], Deferred] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def defer(self, timeout: float = DEFER_TIMEOUT) -> Deferred:
+        """Answer later: the command returns what this returns, and whoever holds it replies.
+
+        After `timeout` ms nothing is sent any more; that is logged and counted.
+        """
+        if self._defer is None:
+            raise Error("nobody waits for an answer to this request")
+        return self._defer(timeout)
+
+
+def _udp_name(address: Any) -> str:
+    host, port = address[:2]
+    return f"udp:[{host}]:{port}" if ":" in host else f"udp:{host}:{port}"
+
+
+# ------------------------------------------- the grammar of the line dialect ----
+#
+#   request           = first_line (argument '\n')*
+#   first_line        = ':' command_name ':' '\n'
+#   argument          = (arg_name '::' (arg_value)?) | (arg_value)
+#   arg_name          = not-quoted_string
+#   arg_value         = not-quoted_string | '"' string '"'
+#   not-quoted_string = string - {',",\n,\r}
+#
+# As the original reads it: white space around names and values is dropped, blank
+# lines mean nothing, the last '\n' may be missing, ' is a character like others,
+# and in a quoted value \" stands for ", every other byte for itself.
+
+
+def parse_request(data: bytes) -> Request:
+    """Read a request of the line dialect; raise RequestError for any other bytes."""
+    name, text = _parse_first_line(data)
+    return Request(name, _parse_arguments(name, text))
+
+
+def _parse_first_line(data: bytes) -> tuple[str, str]:
+    """Give the command's name, and the text of the arguments behind it."""
+    name, separator, text = data[1:].decode("utf-8", "surrogateescape").partition(":\n")
+    if not (separator and name) or ":" in name or data[:1] != b":":
+        raise RequestError("no first line ':name:'", 0)
+    return name, text
+
+
+def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
+    """Read the (name, value) pairs behind the first line of COMMAND."""
+    arguments = []
+    lines = _logical_lines(text) if '"' in text else text.split("\n")
+    try:
+        for line in lines:
+            if '"' in line:
+                arguments.append(_parse_quoted(line))
+            elif "::" in line:
+                name, _, value = line.partition("::")
+                name, value = name.strip(WHITE), value.strip(WHITE)
+                if not (name or value):
+                    raise RequestError("neither name nor value", 0)
+                arguments.append((name, value))
+            else:
+                value = line.strip(WHITE)
+                if value:
+                    arguments.append(("", value))
+    except RequestError as error:
+        # An equal line before this one would have failed first, so index() finds this one.
+        before = [":" + command + ":", *lines[: lines.index(line)], line[: error.position]]
+        raise RequestError(error.reason, len("\n".join(before).encode("utf-8", "surrogateescape"))) from None
+    return arguments
+
+
+def _logical_lines(text: str) -> list[str]:
+    """Split TEXT at the line breaks that are not inside quotes."""
+    lines = []
+    position = 0
+    while position < len(text):
+        end = text.find("\n", position) % (len(text) + 1)  # its end where there is none
+        quote = text.find('"', position, end)
+        if quote >= 0:
+            quote = text.find('"', quote + 1)
+            while quote > 0 and text[quote - 1] == "\\":
+                quote = text.find('"', quote + 1)
+            end = text.find("\n", quote) % (len(text) + 1) if quote > 0 else len(text)
+        lines.append(text[position:end])
+        position = end + 1
+    return lines
+
+
+def _parse_quoted(line: str) -> tuple[str, str]:
+    """Read an argument with a quoted value; a RequestError has the position in LINE."""
+    head, _, tail = line.partition('"')
+    name, separator, before = head.partition("::")
+    if not separator:
+        name, before = "", head
+    value, closing, after = tail.rpartition('"')
+    bare = value.replace('\\"', "")
+    if before.strip(WHITE):
+        raise RequestError("quote inside a value", len(head))
+    if not closing or value.endswith("\\"):
+        raise RequestError("quote not closed", len(head))
+    if '"' in bare or after.strip(WHITE):
+        raise RequestError("text behind a closing quote", len(head))
+    return name.strip(WHITE), value.replace('\\"', '"')
+
+
+def format_request(command: str, /, *values: object, **named: object) -> bytes:
+    """Write a request of the line dialect, each value quoted where it needs to be.
+
+    Raises RequestError, naming the culprit, for what the grammar cannot carry.
+    """
+    return _format_request(command, [("", value) for value in values] + list(named.items()))
+
+
+def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> bytes:
+    if not command or ":" in command or "\n" in command:
+        raise RequestError(f"command {command!a} cannot be written")
+    lines = [f":{command}:\n", *[_format_argument(name, _text(value)) for name, value in arguments]]
+    try:
+        data = "".join(lines).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"command {command!a}: {error}") from None
+    if data.decode("utf-8", "surrogateescape") != "".join(lines):
+        raise RequestError(f"command {command!a}: its surrogates would come back as other characters")
+    return data
+
+
+def _format_argument(name: str, value: str) -> str:
+    if name != name.strip(WHITE) or name.endswith(":") or any([mark in name for mark in ("::", '"', "\n")]):
+        raise RequestError(f"name {name!a} cannot be written")
+    if value and value == value.strip(WHITE) and '"' not in value and "\n" not in value:
+        return f"{name}::{value}\n" if name or "::" in value else f"{value}\n"
+    if value.endswith("\\"):
+        raise RequestError(f"value {value!a} needs quotes and cannot end with a backslash in them")
+    quoted = '"' + value.replace('"', '\\"') + '"'
+    return f"{name}::{quoted}\n" if name else f"{quoted}\n"
+
+
+_SCALARS = frozenset([str, int, float, bool, type(None)])  # most values: told without asking the ABCs
+
+
+def _text(value: object) -> str:
+    """Write a scalar as the line dialect has it."""
+    if value is None:
+        return ""
+    if value.__class__ is bool:
+        return "true" if value else "false"
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return str(value)
+
+
+def _is_mapping(data: object) -> bool:
+    return data.__class__ not in _SCALARS and isinstance(data, Mapping)
+
+
+def _is_sequence(data: object) -> bool:
+    return data.__class__ not in _SCALARS and isinstance(data, Sequence) and not isinstance(data, (bytes, bytearray, str))
+
+
+def format_reply(reply: Any = None, indent: str = "\t") -> bytes:
+    """Write what a command returned as a reply of the line dialect.
+
+    None is `200 OK` alone, a scalar one value, a mapping named nodes, a sequence unnamed ones;
+    a Reply brings its own code and reason. INDENT is one level of the tree.
+    """
+    lines = ["200 OK\n"]
+    if reply.__class__ is Reply:
+        lines = [f"{reply.code} {reply.reason}\n"]
+        reply = reply.nodes
+    _format_nodes(reply, "", indent, lines)
+    text = "".join(lines)
+    if "\r" in text or text.count("\n") != len(lines):  # nothing that a command says can forge a line
+        text = "".join([line[:-1].replace("\n", "\\n").replace("\r", "\\r") + "\n" for line in lines])
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _format_nodes(data: Any, depth: str, indent: str, lines: list[str]) -> None:
+    """Append the lines of DATA, each with its line break."""
+    if data.__class__ is dict or _is_mapping(data):
+        for name, value in data.items():
+            if value.__class__ is str and name.__class__ is str and name:
+                lines.append(f"{depth}{name}:: {value}\n")
+            else:
+                _format_node(_text(name), value, depth, indent, lines)
+    elif _is_sequence(data):
+        for value in data:
+            _format_node("", value, depth, indent, lines)
+    elif data is not None:
+        _format_node("", data, depth, indent, lines)
+
+
+def _format_node(name: str, data: Any, depth: str, indent: str, lines: list[str]) -> None:
+    attributes = ""
+    below: tuple[Any, ...] = ()
+    if isinstance(data, Node):
+        if name and data.name is not None:  # a node with a name of its own stands below
+            data = Node(children=[data])
+        name = name or data.name or ""
+        attributes = "".join([f" {key}={_text(value)}" for key, value in data.attributes.items()])
+        data, below = data.value, (data.children,)
+    if _is_mapping(data) or _is_sequence(data):
+        data, below = None, (data, *below)
+    label = f"{name}:: " if name else ""
+    lines.append(f"{depth}{label}{_text(data)}{attributes}\n")
+    for nodes in below:
+        _format_nodes(nodes, depth + indent, indent, lines)
+
+
+def parse_reply(data: bytes) -> Reply:
+    """Read a reply of the line dialect: code, reason, and a tree of Node with children.
+
+    Any indent is read, and a closing blank line (OpenSIPS sends one) is dropped; attributes stay
+    part of the value, as nothing in the text tells them apart. Raises RequestError for no reply.
+    """
+    first, *lines = data.decode("utf-8", "surrogateescape").split("\n")
+    code, _, reason = first.partition(" ")
+    if not (len(code) == 3 and code.isascii() and code.isdigit()):
+        raise RequestError("no first line 'CODE REASON'", 0)
+    for _ in range(2):  # what stands behind the last line break, and a closing blank line
+        if lines and not lines[-1]:
+            lines.pop()
+    levels: list[tuple[int, list[Node]]] = [(0, [])]  # the indent of each open level, and its nodes
+    for line in lines:
+        text = line.lstrip(WHITE)
+        width = len(line) - len(text)
+        while width < levels[-1][0]:
+            levels.pop()
+        if width > levels[-1][0] and levels[-1][1]:
+            levels.append((width, levels[-1][1][-1].children))
+        name, separator, value = text.partition(":: ")
+        levels[-1][1].append(Node(name, value) if separator else Node(None, text))
+    return Reply(int(code), reason, levels[0][1])
+
+
+# ------------------------------------------------- the JSON-RPC 2.0 dialect ----
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"number out of range: {text}")
+    return number
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _plain(value: object) -> Any:
+    """Give json what it does not know by itself: our nodes, and other mappings and sequences."""
+    if isinstance(value, Node):
+        return value.data()
+    if isinstance(value, Mapping):
+        return dict(value)
+    if _is_sequence(value):
+        return list(value)  # type: ignore[call-overload]
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+_decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant).decode
+
+
+@functools.lru_cache(maxsize=8)
+def _json_encoder(indent: str | None) -> Callable[[Any], str]:
+    """Give the encoder for compact replies (None) or for indented ones."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    return json.JSONEncoder(allow_nan=False, default=_plain, indent=indent, separators=separators).encode
+
+
+def _json_id(call: Any) -> Any:
+    """Give the id to answer with: null where the call has none that the specification allows."""
+    value = call.get("id") if isinstance(call, dict) else None
+    return value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+
+
+def _is_call(call: Any) -> bool:
+    """Whether CALL is a Request object of the specification's section 4."""
+    return (
+        isinstance(call, dict)
+        and call.get("jsonrpc") == "2.0"
+        and isinstance(call.get("method"), str)
+        and isinstance(call.get("params", []), (list, dict))
+        and _json_id(call) == call.get("id")
+        and not isinstance(call.get("id"), bool)
+    )
+
+
+def _is_answer(call: Any) -> bool:
+    """Whether CALL is somebody's answer; answering those would set two servers against each other."""
+    return isinstance(call, dict) and "method" not in call and ("result" in call or "error" in call)
+
+
+def _json_error(error: CommandError) -> dict[str, Any]:
+    if isinstance(error, _Fault):
+        member = {"code": error.json_code, "message": error.json_message, "data": error.data}
+    else:
+        member = {"code": error.code, "message": error.reason, "data": error.data}
+    if error.data is None:
+        del member["data"]
+    return member
+
+
+def _json_member(outcome: Any) -> tuple[str, Any]:
+    """Give the member that answers: ("result", …) or ("error", …)."""
+    if isinstance(outcome, CommandError):
+        return "error", _json_error(outcome)
+    if isinstance(outcome, Reply):
+        if not outcome.ok:
+            nodes = outcome.nodes or None
+            return "error", _json_error(CommandError(outcome.code, outcome.reason, nodes))
+        outcome = outcome.nodes or None
+    return "result", "OK" if outcome is None else outcome  # a client takes a falsy result for a failure
+
+
+# --------------------------------------------------- commands and Interface ----
+
+
+class Settings:
+    """What a server adds to its Interface's answers: limits, looks and access."""
+
+    __slots__ = ("authorize", "indent", "json_indent", "limit", "silent")
+
+    def __init__(
+        self, parameters: Mapping[str, Any] | None = None, authorize: Authorize | None = None, silent: bool = False
+    ) -> None:
+        values = parameters or {}
+        self.limit: int = values.get("socket_buf_size", SOCKET_BUF_SIZE)  # bytes of a request and of a reply
+        self.indent: str = values.get("reply_indent", "\t")
+        self.json_indent = self.indent if values.get("pretty_printing") else None
+        self.authorize = authorize
+        self.silent = silent  # whether a refused peer gets no reply at all
+
+
+class Origin:
+    """Where a datagram came from: its peer, its server's settings, the way back.
+
+    For derived classes (a server's Handler is one): `send` delivers a late reply; `make_way` is
+    called before a command that is known to wait; `hold` and `release` are called when a Deferred
+    begins and ends.
+    """
+
+    settings = Settings()
+    command: Command | None = None  # the one that runs now
+
+    @property
+    def peer(self) -> Peer | None:
+        return None
+
+    def send(self, reply: bytes) -> None:
+        pass
+
+    def make_way(self) -> None:
+        pass
+
+    def hold(self, deferred: Deferred) -> None:
+        pass
+
+    def release(self, deferred: Deferred) -> None:
+        pass
+
+
+class _Caller(Origin):
+    """A caller of Interface.answer."""
+
+    def __init__(self, peer: Peer | None, send: Callable[[bytes], object] | None) -> None:
+        self._peer = peer
+        self.send = send or super().send  # type: ignore[method-assign,assignment]
+
+    @property
+    def peer(self) -> Peer | None:
+        return self._peer
+
+
+class Counter:
+    """A statistic that counts: right from any thread, as each has a cell of its own and needs no lock."""
+
+    def __init__(self) -> None:
+        self._cells: dict[int, int] = {}
+        self._offset = 0
+
+    def add(self, amount: int = 1) -> None:
+        """Count AMOUNT more."""
+        thread = get_ident()
+        try:
+            self._cells[thread] += amount
+        except KeyError:
+            self._cells[thread] = amount
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        self._offset -= self()
+
+    def __call__(self) -> int:
+        return sum(list(self._cells.values())) + self._offset
+
+
+_DROPPED = CommandError(0, "dropped")  # the outcome of a Deferred that nobody answered
+
+
+class Deferred:
+    """A reply that comes later, once, from any thread; made by Request.defer."""
+
+    __slots__ = ("_finish", "_lock", "deadline", "origin")
+
+    def __init__(self, origin: Origin, timeout: float, finish: Callable[[Deferred, Any], None]) -> None:
+        self.origin = origin
+        self.deadline = time.monotonic() + timeout / 1000
+        self._lock = threading.Lock()
+        self._finish: Callable[[Deferred, Any], None] | None = finish
+
+    def reply(self, result: Any = None) -> bool:
+        """Answer with RESULT, as if the command had returned it; False if it is too late."""
+        with self._lock:
+            finish, self._finish = self._finish, None
+        if finish is None:
+            return False
+        finish(self, result)
+        return True
+
+    def fail(self, code: int, reason: str) -> bool:
+        """Answer `code reason`; False if it is too late."""
+        return self.reply(CommandError(code, reason))
+
+    def drop(self) -> bool:
+        """Give up the reply; False if there was one already."""
+        return self.reply(_DROPPED)
+
+    def cancel(self) -> bool:
+        """Take the reply from whoever holds this; False if there was one already."""
+        with self._lock:
+            finish, self._finish = self._finish, None
+        return finish is not None
+
+
+class _Deadlines:
+    """Drops each Deferred that nobody answers in time; has a thread only while there are any."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._open: set[Deferred] = set()
+        self._next = 0.0  # when the thread wakes up by itself
+        self._running = False
+
+    def add(self, deferred: Deferred) -> None:
+        with self._change:
+            self._open.add(deferred)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="mi_datagram deadlines", daemon=True).start()
+            elif deferred.deadline < self._next:
+                self._change.notify()
+
+    def discard(self, deferred: Deferred) -> None:
+        with self._change:
+            self._open.discard(deferred)
+
+    def settle(self) -> None:
+        """Let the thread end now if there is nothing to wait for."""
+        with self._change:
+            self._change.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                now = time.monotonic()
+                late = [deferred for deferred in self._open if deferred.deadline <= now]
+                if not late:
+                    if not self._open:
+                        self._running = False
+                        return
+                    self._next = min([deferred.deadline for deferred in self._open])
+                    self._change.wait(self._next - now)
+            for deferred in late:
+                deferred.drop()
+
+
+# What the annotations of a command's parameters make of a value: out of text in
+# the line dialect; in JSON a value has its type already, and a wrong one is refused.
+
+
+def _integer(text: str) -> int:
+    if "_" in text:  # Python's own notation
+        raise ValueError(text)
+    return int(text)
+
+
+def _boolean(text: str) -> bool:
+    word = text.lower()
+    if word in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0"):
+        return False
+    raise ValueError(text)
+
+
+_FROM_TEXT: dict[type, Callable[[str], Any]] = {int: _integer, float: float, bool: _boolean, str: str}
+
+
+def _from_text(kind: type, optional: bool) -> Callable[[Any], Any] | None:
+    """Give the converter of a text; "" is None for an optional number or truth value."""
+    convert = _FROM_TEXT[kind]
+    if kind is str:
+        return None
+    return (lambda text: convert(text) if text else None) if optional else convert
+
+
+def _from_json(kind: type, optional: bool) -> Callable[[Any], Any]:
+    """Give the check of a JSON value."""
+    allowed: tuple[type, ...] = (int, float) if kind is float else (kind,)
+
+    def check(value: Any) -> Any:
+        if value is None and optional:
+            return None
+        if value.__class__ not in allowed:
+            raise ValueError(value)
+        return kind(value)
+
+    return check
+
+
+def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, bool] | None:
+    """Give (int, float, bool or str; whether Optional), or None for any other annotation."""
+    if isinstance(annotation, str):
+        # On Python 3.9 the text `int | None` has a meaning only as a Union.
+        text = f"Union[{annotation.replace('|', ',')}]" if "|" in annotation else annotation
+        names = {**getattr(inspect.unwrap(function), "__globals__", {}), "Union": typing.Union}
+        holder = type("_", (), {"__annotations__": {"parameter": text}})
+        try:
+            annotation = typing.get_type_hints(holder, names, names)["parameter"]
+        except Exception:
+            return None  # a name known to type checkers alone
+    kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+    if len(kinds) != 1 or kinds[0] not in (int, float, bool, str):
+        return None
+    return kinds[0], annotation is not kinds[0]
+
+
+class Command:
+    """One registered command, and how arguments bind to its function."""
+
+    __slots__ = (
+        "_by_name",
+        "_catch_all",
+        "_converters",
+        "_maximum",
+        "_minimum",
+        "_required",
+        "_rest",
+        "core",
+        "doc",
+        "function",
+        "name",
+        "parameters",
+        "pass_request",
+        "read_only",
+        "slow",
+    )
+
+    def __init__(self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool, core: bool) -> None:
+        if not name or ":" in name or not isinstance(name, str):
+            raise ParameterError(f"command name {name!a}: a text without ':' is allowed")
+        self.name = name
+        self.function = function
+        self.pass_request = pass_request
+        self.read_only = read_only
+        self.core = core
+        self.doc = inspect.getdoc(function) or ""
+        self.slow = False  # whether its last run took longer than a TICK
+        self.parameters = list(inspect.signature(function).parameters.values())[1 if pass_request else 0 :]
+        self._plan()
+
+    def _plan(self) -> None:
+        """Work out, once, what inspect.Signature.bind would for each request in 3 to 5 µs."""
+        positional = [p for p in self.parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        keyword = [p for p in self.parameters if p.kind is p.KEYWORD_ONLY]
+        kinds = {p.kind: p for p in self.parameters}
+        self._rest = kinds.get(inspect.Parameter.VAR_POSITIONAL)
+        self._catch_all = kinds.get(inspect.Parameter.VAR_KEYWORD)
+        self._maximum = sys.maxsize if self._rest else len(positional)
+        # The position up to which a value by position fills the name; never for keyword-only ones.
+        self._by_name = {p.name: i for i, p in enumerate(positional) if p.kind is p.POSITIONAL_OR_KEYWORD}
+        self._by_name.update({p.name: sys.maxsize for p in keyword})
+        self._required = [(i, p.name) for i, p in enumerate(positional) if p.default is p.empty]
+        self._required += [(sys.maxsize, p.name) for p in keyword if p.default is p.empty]
+        self._minimum = max([position + 1 for position, _ in self._required], default=0)
+        self._converters = {"line": self._convert_with(_from_text), "json": self._convert_with(_from_json)}
+
+    def _convert_with(self, make: Callable[[type, bool], Callable[[Any], Any] | None]) -> list[tuple[Any, ...]]:
+        """List (position, parameter, converter) of those parameters that have one."""
+        converters = []
+        for position, parameter in enumerate(self.parameters):
+            known = _annotated(self.function, parameter.annotation)
+            convert = None if known is None else make(*known)
+            if convert is not None:
+                converters.append((position, parameter, convert))
+        return converters
+
+    def bind(self, values: list[Any], named: dict[str, Any], dialect: str) -> None:
+        """Check VALUES and NAMED against the signature and convert them in place, or raise a _Fault."""
+        count = len(values)
+        if count > self._maximum:
+            raise _Fault("bad_arguments", "Too few or too many parameters")
+        if named or count < self._minimum:
+            self._bind_names(count, named)
+        if self._converters[dialect]:
+            self._convert(values, named, self._converters[dialect])
+
+    def _convert(self, values: list[Any], named: dict[str, Any], converters: list[tuple[Any, ...]]) -> None:
+        for position, parameter, convert in converters:
+            try:
+                if parameter is self._rest:
+                    values[position:] = [convert(value) for value in values[position:]]
+                elif parameter is self._catch_all:
+                    for name in named.keys() - self._by_name.keys():
+                        named[name] = convert(named[name])
+                elif parameter.name in named:
+                    named[parameter.name] = convert(named[parameter.name])
+                elif position < len(values) and parameter.kind is not parameter.KEYWORD_ONLY:
+                    values[position] = convert(values[position])
+            except (ValueError, OverflowError):
+                raise _Fault("bad_parameters", parameter.name) from None
+
+    def _bind_names(self, count: int, named: dict[str, Any]) -> None:
+        by_name = self._by_name
+        for name in named:
+            position = by_name.get(name)
+            if self._catch_all is None if position is None else position < count:
+                raise _Fault("bad_arguments", "Named parameters do not match")
+        for position, name in self._required:
+            if position >= count and not (name in named and name in by_name):
+                reason = "Named parameters do not match" if named else "Too few or too many parameters"
+                raise _Fault("bad_arguments", reason)
+
+    def bind_arguments(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
+        """Part the arguments of the line dialect into values by position and by name, bound."""
+        values: list[Any] = []
+        named: dict[str, Any] = {}
+        for name, value in arguments:
+            if not name:
+                values.append(value)
+            elif name in named and name in self._by_name:
+                raise _Fault("bad_arguments", "Named parameters do not match")
+            else:
+                named[name] = value
+        self.bind(values, named, "line")
+        return values, named
+
+    def overloads(self) -> list[list[str]]:
+        """List the lists of parameter names that a call may have, shortest first."""
+        names = [p.name for p in self.parameters if p.kind is not p.VAR_KEYWORD]
+        required = {name for _, name in self._required}
+        most = [name for name in names if name in required]
+        lists = [most]
+        for name in names:
+            if name not in required:
+                most = [n for n in names if n in most or n == name]
+                lists.append(most)
+        return lists
+
+    def usage(self) -> str:
+        """Write the call as a line to type: required parameters bare, others in brackets."""
+        words = [self.name]
+        required = {name for _, name in self._required}
+        for p in self.parameters:
+            word = p.name.upper() if p.kind is not p.KEYWORD_ONLY else f"{p.name}::{p.name.upper()}"
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                word = f"[{word if p.kind is p.VAR_POSITIONAL else 'NAME::VALUE'}]..."
+            elif p.name not in required:
+                word = f"[{word}]"
+            words.append(word)
+        return " ".join(words)
+
+
+# Beside FAULTS, what is counted in the statistics of the group mi_datagram.
+COUNTERS = (
+    "requests",
+    "replies",
+    "not_requests",
+    "command_errors",
+    "retransmissions",
+    "dropped_deferred",
+    "dropped_denied",
+    "dropped_errors",
+    "dropped_gone",
+    "dropped_unbound",
+    "dropped_unread",
+    "handler_errors",
+    "receive_errors",
+    "thread_errors",
+)
+
+_F = typing.TypeVar("_F", bound=Callable[..., Any])
+Authorize = Callable[[Peer, str], bool]
+
+
+class Interface:
+    """The commands and statistics of a program, and how a datagram is answered with them.
+
+    `name` and `version` are what the command `version` tells. `core` names the core commands to
+    have: by default all but `kill`, `arg` and `debug`. `logger` is the one whose level `debug`
+    shows and sets, by default the root logger. `async def` commands run on `loop`.
+
+    Commands run on the servers' threads, several at once, even the same one: they guard what
+    they share. One Interface may feed several servers.
+    """
+
+    def __init__(
+        self,
+        name: str = "mi_datagram",
+        version: str = __version__,
+        core: Iterable[str] | None = None,
+        logger: logging.Logger | None = None,
+        loop: Any = None,
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.logger = logger or logging.getLogger()
+        self.loop = loop
+        self.started = time.time()
+        self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
+        self.level_changed: Callable[[int], object] = lambda level: None
+        self.commands: dict[str, Command] = {}
+        self.statistics: dict[str, Callable[[], Any]] = {}
+        self._first_lines: dict[bytes, Command] = {}  # by what a request begins with
+        self.use_counters(Counter)
+        self._deadlines = _Deadlines()
+        self.add_core(set(CORE) - {"kill", "arg", "debug"} if core is None else core)
+
+    # ---- for the program
+
+    @typing.overload
+    def command(self, function: _F) -> _F: ...
+
+    @typing.overload
+    def command(
+        self,
+        function: None = None,
+        *,
+        name: str | None = None,
+        pass_request: bool = False,
+        read_only: bool = False,
+        replace: bool = False,
+    ) -> Callable[[_F], _F]: ...
+
+    def command(
+        self,
+        function: Callable[..., Any] | None = None,
+        *,
+        name: str | None = None,
+        pass_request: bool = False,
+        read_only: bool = False,
+        replace: bool = False,
+    ) -> Any:
+        """Register a function as a command; used as `@mi.command`, `@mi.command(…)` or a call.
+
+        `name` is another name than the function's; `pass_request` gives it the Request as first
+        argument; `read_only` says that it changes nothing, so it is not audited; `replace` lets it
+        take the place of a command of that name, which is a ParameterError otherwise.
+        """
+        if function is None:
+            return functools.partial(
+                self.command, name=name, pass_request=pass_request, read_only=read_only, replace=replace
+            )
+        self._register(function, name or function.__name__, pass_request, read_only, replace)
+        return function
+
+    def _register(
+        self, function: Callable[..., Any], name: str, pass_request: bool, read_only: bool, replace: bool, core: bool = False
+    ) -> None:
+        if name in self.commands and not replace:
+            raise ParameterError(f"command name {name!a}: there is one already; replace=True is allowed")
+        command = Command(name, function, pass_request, read_only, core)
+        if inspect.iscoroutinefunction(function):
+            if self.loop is None:
+                raise ParameterError(f"command {name!a} is async: give its event loop, Interface(loop=...)")
+            command.function = self._on_loop(function, pass_request)
+            command.pass_request = True
+        self._put(command)
+
+    def _put(self, command: Command) -> None:
+        self.commands[command.name] = command
+        self._first_lines[f":{command.name}:".encode("utf-8", "surrogateescape")] = command
+
+    def _on_loop(self, function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
+        """Make a command of an `async def` function: it runs on the loop and answers when it is done."""
+        import asyncio
+
+        def start(request: Request, *values: Any, **named: Any) -> Deferred:
+            deferred = request.defer()
+            if pass_request:
+                values = (request, *values)
+            future = asyncio.run_coroutine_threadsafe(function(*values, **named), self.loop)
+
+            def done(_: object) -> None:
+                if future.cancelled():
+                    deferred.drop()
+                else:
+                    error = future.exception()
+                    deferred.reply(future.result() if error is None else self._failure(request.command, error))
+
+            future.add_done_callback(done)
+            return deferred
+
+        return start
+
+    def counter(self, name: str) -> Counter:
+        """Give the counter called `group:name`, made at its first mention."""
+        counter = self.statistics.get(name)
+        if not isinstance(counter, Counter):
+            counter = Counter()
+            self.statistic(name, counter)
+        return counter
+
+    def statistic(self, name: str, function: Callable[[], Any]) -> None:
+        """Have `group:name` show what FUNCTION returns whenever somebody asks."""
+        group, separator, rest = name.partition(":")
+        if not (group and separator and rest):
+            raise ParameterError(f"statistic name {name!a}: group:name is allowed")
+        if name in self.statistics:
+            raise ParameterError(f"statistic name {name!a}: there is one already")
+        self.statistics[name] = function
+
+    def include(self, other: Interface) -> None:
+        """Take over the commands and statistics of OTHER that are not the core's."""
+        for command in other.commands.values():
+            if not command.core:
+                if command.name in self.commands and not self.commands[command.name].core:
+                    raise ParameterError(f"command name {command.name!a}: two of the interfaces have one")
+                self._put(command)
+        for name, function in other.statistics.items():
+            if not name.startswith("mi_datagram:"):
+                self.statistic(name, function)
+
+    def add_core(self, names: Iterable[str]) -> None:
+        """Add the core commands of these NAMES that are not there yet."""
+        core = _Core(self)
+        for name in names:
+            if name not in CORE:
+                raise ParameterError(f"core command {name!a}: allowed are {', '.join(CORE)}")
+            if name not in self.commands:
+                self._register(getattr(core, name), name, False, CORE[name], False, core=True)
+
+    def server(self, socket_name: str, **parameters: Any) -> UnixServer | UDPServer:
+        """Make a server of these commands; see UnixServer for its parameters."""
+        kind = UDPServer if socket_name[:4].lower() == "udp:" else UnixServer
+        return kind(socket_name, self, **parameters)
+
+    def answer(
+        self, data: bytes, peer: Peer | None = None, send: Callable[[bytes], object] | None = None
+    ) -> bytes | None:
+        """Answer one datagram of either dialect: the whole service, without a socket.
+
+        None where there is nothing to send, or not yet: late replies go to SEND.
+        """
+        return self.respond(data, _Caller(peer, send))
+
+    def use_counters(self, make: Callable[[], Counter]) -> None:
+        """Count the service's own statistics with what MAKE makes, always asked in the same order."""
+        self._counters = {kind: make() for kind in (*COUNTERS, *FAULTS)}
+        self.statistics.update({f"mi_datagram:{kind}": counter for kind, counter in self._counters.items()})
+        self.count_request = self._counters["requests"].add  # these two in every request, so looked up here
+        self.count_reply = self._counters["replies"].add
+
+    def settle(self) -> None:
+        """Let the thread of the deadlines end if nothing is deferred any more."""
+        self._deadlines.settle()
+
+    # ---- one datagram
+
+    def respond(self, data: bytes, origin: Origin) -> bytes | None:
+        """Answer one datagram under the settings of its ORIGIN; see answer."""
+        self.count_request()
+        first = data[:1]
+        if first != b":":
+            if not first or first.isdigit():  # an answer; answering it could set two servers against each other
+                self.count("not_requests")
+                return None
+            if data.lstrip()[:1] in (b"{", b"["):
+                return self._respond_json(data, origin)
+        try:
+            outcome = self._perform_line(data, origin)
+            if outcome.__class__ is Deferred:
+                return None
+        except CommandError as error:
+            return self._finish_error(self._blame(error, origin), origin.settings)
+        return self._finish_line(outcome, origin)
+
+    def count(self, name: str) -> None:
+        """Count one more in the server's own group of statistics."""
+        self._counters[name].add()
+
+    def _refuse(self, kind: str, detail: object, origin: Origin) -> typing.NoReturn:
+        """Refuse a datagram that yields no command, in the words that its peer may know."""
+        self._authorize("", origin)
+        raise _Fault(kind, detail=detail)
+
+    def _authorize(self, name: str, origin: Origin) -> None:
+        """Raise the fault "forbidden" unless this peer may run the command NAME, which need not exist."""
+        authorize = origin.settings.authorize
+        try:
+            if authorize is None or authorize(origin.peer or Peer(), name):
+                return
+        except Exception as error:
+            _note(logging.ERROR, "authorize failed for %a, so it is refused", name, error=error)
+        raise _Fault("forbidden", detail=name)
+
+    def _blame(self, error: CommandError, origin: Origin) -> CommandError:
+        """Count and log what went wrong."""
+        kind = error.kind if isinstance(error, _Fault) else "command_errors"
+        self.count(kind)
+        level = logging.INFO if kind == "command_errors" else logging.WARNING
+        name = origin.command.name if origin.command else ""
+        detail = str(getattr(error, "detail", "") or error)
+        _note(level, "%a from %s: %s: %a", name, origin.peer, kind, detail)
+        return error
+
+    def _audit(self, name: str, origin: Origin) -> None:
+        try:
+            audit.info("%a by %s", name, origin.peer)
+        except Exception:  # a log handler that raises stops no command
+            pass
+
+    def _run(self, command: Command, values: list[Any], named: dict[str, Any], origin: Origin) -> Any:
+        """Run a command on bound arguments; what it raises comes out as a CommandError."""
+        if not command.read_only and audit.isEnabledFor(logging.INFO):
+            self._audit(command.name, origin)
+        try:
+            if command.slow:
+                return self._run_aside(command, values, named, origin)
+            return command.function(*values, **named)
+        except CommandError:
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # the user's Ctrl-C, not the command's
+            raise self._failure(command.name, error) from None
+
+    def _run_aside(self, command: Command, values: list[Any], named: dict[str, Any], origin: Origin) -> Any:
+        """Run a command that was slow last time, while another thread receives."""
+        origin.make_way()
+        started = time.monotonic()
+        try:
+            return command.function(*values, **named)
+        finally:
+            command.slow = time.monotonic() - started > TICK
+
+    def _failure(self, name: str, error: BaseException) -> CommandError:
+        """Make of what a command raised what its peer may know; the log has the rest."""
+        if isinstance(error, CommandError):
+            return error
+        _note(logging.ERROR, "command %a failed", name, error=error)
+        return _Fault("failed_commands", detail=type(error).__name__)
+
+    def _run_deferring(
+        self,
+        command: Command,
+        arguments: list[tuple[str, Any]],
+        bound: tuple[list[Any], dict[str, Any]],
+        origin: Origin,
+        dialect: str,
+        deliver: Callable[[Any], None],
+    ) -> Any:
+        """Run a command that wants its Request; DELIVER takes the outcome of a Deferred that it returns."""
+        deferreds: list[Deferred] = []
+
+        def finish(deferred: Deferred, outcome: Any) -> None:
+            self._deadlines.discard(deferred)
+            try:
+                if outcome is _DROPPED:
+                    self.count("dropped_deferred")
+                    _note(logging.WARNING, "%a from %s: never answered, dropped", command.name, origin.peer)
+                elif isinstance(outcome, CommandError):
+                    self._blame(outcome, origin)
+                deliver(outcome)
+            finally:
+                origin.release(deferred)
+
+        def defer(timeout: float) -> Deferred:
+            deferred = Deferred(origin, timeout, finish)
+            deferreds.append(deferred)
+            origin.hold(deferred)
+            self._deadlines.add(deferred)
+            return deferred
+
+        request = Request(command.name, arguments, origin.peer, dialect, defer)
+        outcome: Any = None
+        try:
+            outcome = self._run(command, [request, *bound[0]], bound[1], origin)
+        finally:
+            for deferred in deferreds:
+                if deferred is not outcome and deferred.cancel():
+                    self._deadlines.discard(deferred)
+                    origin.release(deferred)
+        return outcome
+
+    # ---- the line dialect
+
+    def _perform_line(self, data: bytes, origin: Origin) -> Any:
+        """Give what the command returns, or raise a CommandError."""
+        limit = origin.settings.limit
+        if len(data) > limit:
+            self._refuse("too_long_requests", f"more than {limit} bytes", origin)
+        first_line, separator, rest = data.partition(b"\n")
+        command = self._first_lines.get(first_line)
+        if command is None or not separator:
+            self._refuse_first_line(data, origin)
+        if origin.settings.authorize is not None:
+            self._authorize(command.name, origin)
+        origin.command = command
+        try:
+            arguments = _parse_arguments(command.name, rest.decode("utf-8", "surrogateescape"))
+        except RequestError as error:
+            raise _Fault("parse_errors", detail=error) from None
+        values, named = command.bind_arguments(arguments)
+        if not command.pass_request:
+            return self._run(command, values, named, origin)
+
+        def deliver(outcome: Any) -> None:
+            reply = self._finish_line(outcome, origin)
+            if reply is not None:
+                origin.send(reply)
+
+        return self._run_deferring(command, arguments, (values, named), origin, "line", deliver)
+
+    def _refuse_first_line(self, data: bytes, origin: Origin) -> typing.NoReturn:
+        try:
+            name, _ = _parse_first_line(data)
+        except RequestError as error:
+            self._refuse("invalid_requests", error, origin)
+        self._authorize(name, origin)
+        raise _Fault("unknown_commands", detail=name)
+
+    def _finish_line(self, outcome: Any, origin: Origin) -> bytes | None:
+        """Write what a command returned as a reply that fits."""
+        settings = origin.settings
+        try:
+            if isinstance(outcome, CommandError):
+                raise outcome
+            reply = format_reply(outcome, settings.indent)
+            if len(reply) > settings.limit:
+                detail = f"{len(reply)} bytes, {settings.limit} allowed"
+                raise self._blame(_Fault("too_long_replies", detail=detail), origin)
+            return reply
+        except CommandError as error:
+            return self._finish_error(error, settings)
+        except Exception as error:  # a value whose str() raises, a tree without an end
+            return self._finish_error(self._blame(self._failure("reply", error), origin), settings)
+
+    @staticmethod
+    def _finish_error(error: CommandError, settings: Settings) -> bytes | None:
+        """Write an error reply; None for a peer that gets none."""
+        if error is _DROPPED or (settings.silent and isinstance(error, _Fault) and error.kind == "forbidden"):
+            return None
+        return format_reply(Reply(error.code, error.reason))
+
+    # ---- the JSON-RPC 2.0 dialect
+
+    def _respond_json(self, data: bytes, origin: Origin) -> bytes | None:
+        try:
+            if len(data) > origin.settings.limit:
+                if b'"method"' not in data:
+                    self.count("not_requests")  # as far as one can see, somebody's long answer
+                    return None
+                self._refuse("too_long_requests", f"more than {origin.settings.limit} bytes", origin)
+            try:
+                document = _decode_json(data.decode())
+            except (ValueError, RecursionError) as error:
+                self._refuse("parse_errors", error, origin)
+            calls = document if isinstance(document, list) else [document]
+            if any([_is_answer(call) for call in calls]):
+                self.count("not_requests")
+                return None
+            if not 1 <= len(calls) <= BATCH:
+                self._refuse("invalid_requests", f"{len(calls)} calls, 1 to {BATCH} allowed", origin)
+        except CommandError as error:
+            text = self._finish_json(None, self._blame(error, origin), origin)
+            return None if text is None else text.encode()
+        answers = _Answers(len(calls), isinstance(document, list), functools.partial(self._join_json, origin))
+        for index, call in enumerate(calls):
+            put = functools.partial(answers.put, index)
+            try:
+                outcome = self._perform_json(call, origin, put)
+            except CommandError as error:
+                outcome = self._blame(error, origin)
+            if outcome.__class__ is not Deferred:
+                put(self._finish_json(call, outcome, origin))
+        return answers.rest_is_late(origin.send)
+
+    def _perform_json(self, call: Any, origin: Origin, put: Callable[[str | None], None]) -> Any:
+        """Give what the command returns, or raise a CommandError."""
+        if not _is_call(call):
+            self._refuse("invalid_requests", "no Request object", origin)
+        name = call["method"]
+        self._authorize(name, origin)
+        command = self.commands.get(name)
+        if command is None:
+            raise _Fault("unknown_commands", detail=name)
+        origin.command = command
+        params = call.get("params", [])
+        values, named = ([], dict(params)) if isinstance(params, dict) else (list(params), {})
+        arguments = [("", value) for value in values] + list(named.items())
+        command.bind(values, named, "json")
+        if not command.pass_request:
+            return self._run(command, values, named, origin)
+
+        def deliver(outcome: Any) -> None:
+            put(self._finish_json(call, outcome, origin))
+
+        return self._run_deferring(command, arguments, (values, named), origin, "json", deliver)
+
+    def _finish_json(self, call: Any, outcome: Any, origin: Origin) -> str | None:
+        """Write the outcome of a call as an answer that fits; None for a call that gets none."""
+        settings = origin.settings
+        if outcome is _DROPPED or (_is_call(call) and "id" not in call):
+            return None
+        if settings.silent and isinstance(outcome, _Fault) and outcome.kind == "forbidden":
+            return None
+        member, value = _json_member(outcome)
+        answer = {"jsonrpc": "2.0", member: value, "id": _json_id(call)}
+        try:
+            text = _json_encoder(settings.json_indent)(answer)
+        except Exception as error:  # what JSON cannot say
+            return self._finish_json(call, self._blame(self._failure("reply", error), origin), origin)
+        if len(text) <= settings.limit:
+            return text
+        fault = _Fault("too_long_replies", detail=f"{len(text)} bytes, {settings.limit} allowed")
+        answer = {"jsonrpc": "2.0", "error": _json_error(self._blame(fault, origin)), "id": _json_id(call)}
+        text = _json_encoder(None)(answer)
+        return text if len(text) <= settings.limit else _json_encoder(None)({**answer, "id": None})
+
+    def _join_json(self, origin: Origin, texts: list[str]) -> bytes | None:
+        """Join the answers of a batch if they fit together."""
+        text = "[" + ",".join(texts) + "]"
+        if texts and len(text) > origin.settings.limit:
+            fault = _Fault("too_long_replies", detail=f"{len(text)} bytes, {origin.settings.limit} allowed")
+            text = self._finish_json(None, self._blame(fault, origin), origin) or ""
+        return text.encode() if texts else None
+
+
+class _Answers:
+    """Collects the answers to the calls of one datagram, in their order, late ones included."""
+
+    def __init__(self, count: int, is_batch: bool, join: Callable[[list[str]], bytes | None]) -> None:
+        self._texts: list[str | None] = [None] * count
+        self._open = count + 1  # one more for the thread that puts the prompt ones
+        self._is_batch = is_batch
+        self._join = join
+        self._send: Callable[[bytes], object] | None = None
+        self._lock = threading.Lock()
+
+    def put(self, index: int, text: str | None) -> None:
+        """Put the answer of the call INDEX, None for no answer; the last one has them sent."""
+        self._texts[index] = text
+        reply = self._close()
+        if reply is not None and self._send is not None:
+            self._send(reply)
+
+    def rest_is_late(self, send: Callable[[bytes], object]) -> bytes | None:
+        """Give the reply if it is complete; otherwise it goes to SEND once it is."""
+        self._send = send
+        return self._close()
+
+    def _close(self) -> bytes | None:
+        with self._lock:
+            self._open -= 1
+            if self._open:
+                return None
+        texts = [text for text in self._texts if text is not None]
+        if self._is_batch:
+            return self._join(texts)
+        return texts[0].encode() if texts else None
+
+
+# ------------------------------------------------------------ core commands ----
+
+# Their names, and whether they change nothing.
+CORE = {
+    "arg": True,
+    "clear_statistics": False,
+    "debug": False,
+    "get_statistics": True,
+    "help": True,
+    "kill": False,
+    "ps": True,
+    "pwd": True,
+    "reset_statistics": False,
+    "threads": True,
+    "uptime": True,
+    "version": True,
+    "which": True,
+}
+
+# The original's log levels, as `debug` has them: -5 alert … -1 error, 0 warning, 1 notice, 2 info, 3 debug.
+DEBUG_LEVELS = {3: 10, 2: 20, 1: 25, 0: 30, -1: 40, -2: 50, -3: 51, -4: 52, -5: 53}
+
+
+class _Core:
+    """The core commands, each a method; answers in the original's format."""
+
+    def __init__(self, interface: Interface) -> None:
+        self._interface = interface
+
+    def uptime(self) -> Any:
+        """Tell the time, when the program started, and for how long it has run."""
+        now = time.time()
+        started = self._interface.started
+        return {"Now": time.ctime(now), "Up since": time.ctime(started), "Up time": f"{int(now - started)} [sec]"}
+
+    def version(self) -> Any:
+        """Tell the name and the version of the program."""
+        return {"Server": f"{self._interface.name} ({self._interface.version})"}
+
+    def pwd(self) -> Any:
+        """Tell the working directory."""
+        return {"WD": os.getcwd()}
+
+    def arg(self) -> Any:
+        """List the arguments that the program was started with."""
+        return list(sys.argv)
+
+    def which(self, command: str | None = None) -> Any:
+        """List the commands, or the lists of parameter names that COMMAND takes."""
+        if command is None:
+            return sorted(self._interface.commands)
+        return self._find(command).overloads()
+
+    def help(self, command: str | None = None) -> Any:
+        """Say what each command does, or how to call COMMAND."""
+        if command is None:
+            commands = sorted(self._interface.commands.items())
+            return {name: command.doc.partition("\n")[0] for name, command in commands}
+        found = self._find(command)
+        return {"Usage": found.usage(), "Help": found.doc.split("\n")}
+
+    def _find(self, name: str) -> Command:
+        command = self._interface.commands.get(name)
+        if command is None:
+            raise CommandError(404, "Command Not Found")
+        return command
+
+    def ps(self) -> Any:
+        """List the processes of the program."""
+        processes = enumerate(self._interface.processes())
+        return [Node("Process", None, {"ID": i, "PID": pid, "Type": kind}) for i, (pid, kind) in processes]
+
+    def kill(self) -> None:
+        """End the program, as SIGTERM does."""
+        os.kill(self._interface.processes()[0][0], signal.SIGTERM)
+
+    def debug(self, level: int | None = None) -> Any:
+        """Tell the log level or set it: -5 alert ... -1 error, 0 warning, 1 notice, 2 info, 3 debug."""
+        logger = self._interface.logger
+        if level is not None:
+            if level not in DEBUG_LEVELS:
+                raise _Fault("bad_parameters", "level")
+            logger.setLevel(DEBUG_LEVELS[level])
+            self._interface.level_changed(level)
+        effective = logger.getEffectiveLevel()
+        return {"DEBUG": next((n for n, at_least in DEBUG_LEVELS.items() if effective <= at_least), -5)}
+
+    def threads(self) -> Any:
+        """Tell what each thread is doing now: its name and its innermost frames."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        nodes = []
+        for ident, frame in sys._current_frames().items():
+            frames: list[str] = []
+            current: Any = frame
+            while current is not None and len(frames) < FRAMES:
+                code = current.f_code
+                frames.append(f"{code.co_filename}:{current.f_lineno} {code.co_name}")
+                current = current.f_back
+            nodes.append(Node("Thread", names.get(ident, str(ident)), children=frames))
+        return nodes
+
+    def get_statistics(self, *names: Any, statistics: Any = ()) -> Any:
+        """Tell the statistics called `group:name` or `name`, those of a `group:`, or `all`."""
+        return {name: self._value(name) for name in self._select(names, statistics)}
+
+    def reset_statistics(self, *names: Any, statistics: Any = ()) -> None:
+        """Count from zero again what get_statistics tells for the same names."""
+        for name in self._select(names, statistics):
+            self._reset(name)
+
+    def clear_statistics(self, *names: Any, statistics: Any = ()) -> Any:
+        """Tell the statistics and count them from zero again."""
+        selected = self._select(names, statistics)
+        values = {name: self._value(name) for name in selected}
+        for name in selected:
+            self._reset(name)
+        return values
+
+    def _select(self, names: Sequence[Any], more: Any) -> list[str]:
+        """List the full names that are meant; OpenSIPS's clients send them in one list."""
+        wanted: list[Any] = []
+        for name in (*names, more):
+            wanted += name if isinstance(name, (list, tuple)) else [name]
+        if not wanted:
+            raise _Fault("bad_arguments", "Too few or too many parameters")
+        known = self._interface.statistics
+        selected = [full for name in wanted for full in known if self._matches(full, str(name))]
+        if not selected:
+            raise CommandError(404, "Statistics Not Found")
+        return list(dict.fromkeys(selected))
+
+    @staticmethod
+    def _matches(full: str, name: str) -> bool:
+        if name == "all" or full == name:
+            return True
+        return full.startswith(name) if name.endswith(":") else full.partition(":")[2] == name
+
+    def _value(self, name: str) -> Any:
+        try:
+            return self._interface.statistics[name]()
+        except Exception as error:
+            _note(logging.ERROR, "statistic %a failed", name, error=error)
+            return None
+
+    def _reset(self, name: str) -> None:
+        statistic = self._interface.statistics[name]
+        if isinstance(statistic, Counter):
+            statistic.reset()
+
+
+# ------------------------------------------------------------------- access ----
+
+
+def allow_networks(*networks: str) -> Authorize:
+    """Make an `authorize` that lets in the UDP peers of these NETWORKS ("10.0.0.0/8", "::1").
+
+    An IPv4 address mapped into IPv6 is matched as IPv4. Raises ParameterError for no network.
+    """
+    import ipaddress
+
+    try:
+        allowed = [ipaddress.ip_network(network, strict=False) for network in networks]
+    except ValueError as error:
+        raise ParameterError(f"allow_network: {error}") from None
+
+    @functools.lru_cache(maxsize=1024)
+    def is_allowed(host: str) -> bool:
+        address = ipaddress.ip_address(host.partition("%")[0])
+        if isinstance(address, ipaddress.IPv6Address):
+            address = address.ipv4_mapped or address
+        return any([address in network for network in allowed])
+
+    def authorize(peer: Peer, command: str) -> bool:
+        return isinstance(peer.address, tuple) and is_allowed(peer.address[0])
+
+    return authorize
+
+
+def allow_users(*users: str | int) -> Authorize:
+    """Make an `authorize` that lets in the peers on a UNIX socket that run as one of these USERS.
+
+    Names or numbers; a peer whose user the kernel does not tell is refused. Raises ParameterError
+    for a user that does not exist.
+    """
+    allowed = frozenset([_user(user, "allow_user") for user in users])
+
+    def authorize(peer: Peer, command: str) -> bool:
+        return peer.uid is not None and peer.uid in allowed
+
+    return authorize
+
+
+# --------------------------------------------------------------- parameters ----
+
+
+def _wrong(name: str, value: object, allowed: str) -> ParameterError:
+    return ParameterError(f"{name} {value!a}: {allowed}")
+
+
+def _number(name: str, value: Any, low: int, high: int) -> int:
+    """Check a number: an int, or its decimal or 0x text."""
+    try:
+        number = int(value, 16 if value[:2].lower() == "0x" else 10) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if number.__class__ is not int or not low <= number <= high:
+        raise _wrong(name, value, f"a number from {low} to {high} is allowed")
+    return int(number)
+
+
+def _mode(name: str, value: Any) -> int:
+    """Check permissions: an int, or octal text; 0 would lock everybody out and becomes 0o600."""
+    try:
+        mode = int(value, 8) if isinstance(value, str) else value
+    except ValueError:
+        mode = None
+    if mode.__class__ is not int or not 0 <= mode <= 0o777:
+        raise _wrong(name, value, "an octal number from 0 to 0777 is allowed")
+    if not mode:
+        _note(logging.WARNING, "%s 0: taken as 0600", name)
+    return mode or 0o600
+
+
+def _user(value: Any, name: str) -> int:
+    """Check a user: a name or a number."""
+    if str(value).isdigit():
+        return _number(name, int(value), 0, 2**32 - 2)
+    import pwd
+
+    try:
+        return pwd.getpwnam(str(value)).pw_uid
+    except (KeyError, ValueError):
+        raise _wrong(name, value, "the name or number of a user is allowed") from None
+
+
+def _group(value: Any, name: str) -> int:
+    if str(value).isdigit():
+        return _number(name, int(value), 0, 2**32 - 2)
+    import grp
+
+    try:
+        return grp.getgrnam(str(value)).gr_gid
+    except (KeyError, ValueError):
+        raise _wrong(name, value, "the name or number of a group is allowed") from None
+
+
+def _truth(name: str, value: Any) -> bool:
+    try:
+        return _boolean(str(value))
+    except ValueError:
+        raise _wrong(name, value, "true or false is allowed") from None
+
+
+def _indent(name: str, value: Any) -> str:
+    if not isinstance(value, str) or value.strip(" \t"):
+        raise _wrong(name, value, "blanks and TABs are allowed")
+    return value
+
+
+# What every parameter but socket_name starts from, and its check, which takes the parameter's
+# own type or text. The names and defaults are the original's.
+PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
+    "children_count": (1, lambda name, value: _number(name, value, 1, 1024)),
+    "unix_socket_mode": (0o660, _mode),
+    "unix_socket_user": (None, lambda name, value: None if value is None else _user(value, name)),
+    "unix_socket_group": (None, lambda name, value: None if value is None else _group(value, name)),
+    "socket_timeout": (SOCKET_TIMEOUT, lambda name, value: _number(name, value, 0, 2**31 - 1)),
+    "reply_indent": ("\t", _indent),
+    "socket_buf_size": (SOCKET_BUF_SIZE, lambda name, value: _number(name, value, 64, UNIX_PAYLOAD)),
+    "pretty_printing": (False, _truth),
+    "max_threads": (MAX_THREADS, lambda name, value: _number(name, value, 3, 4096)),
+}
+
+
+def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Give all parameters checked, those not given at their defaults; raise ParameterError for a wrong one."""
+    for name in parameters:
+        if name not in PARAMETERS:
+            raise ParameterError(f"parameter {name!a}: allowed are socket_name, {', '.join(PARAMETERS)}")
+    return {name: check(name, parameters.get(name, default)) for name, (default, check) in PARAMETERS.items()}
+
+
+def parse_socket_name(name: str) -> str | tuple[str, int]:
+    """Tell a UNIX socket's path from the (host, port) of `udp:HOST:PORT`; raise ParameterError for others."""
+    if not isinstance(name, str):
+        raise _wrong("socket_name", name, "a text is allowed")
+    if name[:4].lower() == "udp:":
+        host, separator, port = name[4:].rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        if not (host and port.isascii() and port.isdigit() and int(port) <= 65535):
+            raise _wrong("socket_name", name, "udp:HOST:PORT is allowed, with a port from 0 to 65535")
+        return host, int(port)
+    if not name.startswith(("/", "./")) or "\0" in name or name.endswith("/"):
+        raise _wrong("socket_name", name, "/path, ./path or udp:HOST:PORT is allowed")
+    if len(os.fsencode(name)) > UNIX_PATH:
+        raise _wrong("socket_name", name, f"a path of at most {UNIX_PATH} bytes is allowed")
+    return name
+
+
+# ------------------------------------------------------------------ handler ----
+
+
+class Handler(socketserver.BaseRequestHandler, Origin):
+    """Answers one datagram: has it parsed, run and formatted by the Interface, and replies."""
+
+    server: _Serving
+    request: tuple[bytes, socket.socket, bytes | None]
+
+    @property
+    def peer(self) -> Peer:
+        """Who sent the request; made when somebody asks, as few do."""
+        return Peer(self.client_address, self.request[2])
+
+    def handle(self) -> None:
+        server = self.server
+        server.current = self  # what the watcher looks at
+        self.settings = server.settings
+        reply = server.interface.respond(self.request[0], self)
+        if reply is not None:
+            server.send(reply, self.client_address)
+
+    def send(self, reply: bytes) -> None:
+        self.server.send(reply, self.client_address)
+
+    def make_way(self) -> None:
+        self.server.make_way()
+
+    def hold(self, deferred: Deferred) -> None:
+        self.server.hold(deferred, self, time.monotonic())
+
+    def release(self, deferred: Deferred) -> None:
+        self.server.release(deferred)
+
+
+# ------------------------------------------------------------------ servers ----
+
+Socket = socket.socket  # by another name, as in the servers `socket` is an attribute
+MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+SO_PASSCRED = getattr(socket, "SO_PASSCRED", 0)
+SO_SNDBUFFORCE = 32  # Linux: beyond net.core.wmem_max, for root
+CREDENTIALS = socket.CMSG_LEN(struct.calcsize("3i")) if SO_PASSCRED else 0  # no room for foreign descriptors
+
+def _timeval(seconds: float) -> bytes:
+    """Give a struct timeval for SO_SNDTIMEO and SO_RCVTIMEO; to them 0 means forever."""
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
+
+
+# Why a reply was lost, by the error that says so: the statistic, and a hint for the log.
+LOST = {
+    errno.EAGAIN: ("dropped_unread", "the client does not read"),
+    errno.EACCES: ("dropped_denied", "the client's socket is not writable for us"),
+    errno.EPERM: ("dropped_denied", "the client's socket is not writable for us, or connected elsewhere"),
+    errno.ECONNREFUSED: ("dropped_gone", "the client is gone"),
+    errno.ECONNRESET: ("dropped_gone", "the client is gone"),
+    errno.ENOENT: ("dropped_gone", "the client is gone"),
+}
+
+
+class _Serving(socketserver.BaseServer):
+    """What UnixServer and UDPServer share: their life, their threads, sending.
+
+    How the threads take turns. One thread at a time, the leader, receives: it takes a datagram
+    without waiting, handles it in place, and takes the next; when the queue is empty it polls.
+
+    1. `_leader` is the ident of the thread that leads, 0 while none does. It changes only under
+       `_lock`, and only a thread itself becomes the leader (`_take_lead`).
+    2. A leader stops being one by `_hand_over`, which leaves the lead vacant and sees to it that
+       somebody takes it: a spare thread, or else a new one, or else, at `max_threads`, whichever
+       is done first. Nobody is waited for.
+    3. Who hands over: the watcher, when the leader is in the same request for a whole TICK; the
+       leader itself, before a command that was slow last time and before a reply that must wait.
+    4. A thread reads `_leader` without the lock before each datagram, so one that has just been
+       replaced may take one datagram more. That is harmless: the kernel gives each datagram to
+       one thread. Before it polls it asks again, under the lock.
+    5. A thread that is done and leads no more takes the lead if it is vacant, waits as a spare,
+       or ends when there are spares enough.
+    6. That the leader is idle, and that it is no longer, is said under the lock; so a watcher
+       that goes to sleep over the one cannot miss the other.
+
+    The thread in serve_forever is the watcher; it and the workers are `max_threads` at most.
+    """
+
+    socket: Socket
+
+    def __init__(
+        self,
+        socket_name: str,
+        interface: Interface,
+        handler: Callable[[Any, Any, Any], socketserver.BaseRequestHandler] = Handler,
+        authorize: Authorize | None = None,
+        listening: Socket | None = None,
+        **parameters: Any,
+    ) -> None:
+        """Bind the socket, or take over LISTENING, which is bound already.
+
+        PARAMETERS are those of the original; times are in ms, sizes in bytes. Raises
+        ParameterError for a wrong value and SocketError where the socket cannot be made; nothing
+        is created then.
+        """
+        self.parameters = values = check_parameters(parameters)
+        self.interface = interface
+        self.settings = Settings(values, authorize, silent=isinstance(self, UDPServer))
+        self.current: Handler | None = None
+        self._timeout: float = values["socket_timeout"] / 1000
+        self._buffer = self.settings.limit + 1  # bytes: one more shows that a request is too long
+        self._max_workers: int = values["max_threads"] - 1
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._vacancy = threading.Condition(self._lock)  # here spares wait for the lead
+        self._change = threading.Condition(self._lock)  # here the watcher waits, and who waits for the end
+        self._state = "idle"  # then "serving", "stopping", "idle" or "closed"
+        self._close_at_end = False
+        self._leader = 0
+        self._leader_polls = False
+        self._watcher: threading.Thread | None = None
+        self._watcher_sleeps = False
+        self._workers: set[threading.Thread] = set()
+        self._spares = 0
+        self._waiting: set[Any] = set()  # the clients that a reply waits for
+        self._owners: dict[Any, Any] = {}  # worker or Deferred -> the request that it still works on
+        self._held: dict[Any, tuple[float, int]] = {}  # such a request -> since when, and its owners
+        self._wake: tuple[int, int] | None = None
+        self.remove_file: Callable[[], object] = lambda: None  # if there is one and it is still ours
+        if not (MSG_DONTWAIT and hasattr(select, "poll")):
+            raise SocketError("this system lacks MSG_DONTWAIT or poll")
+        address = self._resolve(parse_socket_name(socket_name))
+        super().__init__(address, handler, listening is None)  # type: ignore[call-arg]
+        if listening is not None:
+            self.socket.close()
+            self.socket = listening
+            self.server_address = listening.getsockname()
+        self._prepare(self.socket)
+
+    def _resolve(self, name: str | tuple[str, int]) -> Any:
+        """Check that NAME is one for this class and give the address to bind."""
+        raise NotImplementedError
+
+    def _prepare(self, sock: Socket) -> None:
+        """Set what every socket of ours has, bound here or passed in."""
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
+        except OSError:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+    # ---- life
+
+    def start(self: _S) -> _S:
+        """Serve in the background; return once serving."""
+        self._begin()
+        self._watcher = threading.Thread(target=self._serve, args=(0.5,), name="mi_datagram", daemon=True)
+        self._watcher.start()
+        return self
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until shutdown() or stop(); wait for that if it is served in the background already.
+
+        A subclass's service_actions is called every POLL_INTERVAL seconds.
+        """
+        with self._change:
+            if self._state in ("serving", "stopping") or self._close_at_end:
+                self._change.wait_for(lambda: self._state in ("idle", "closed"))
+                return
+            self._begin()
+            self._watcher = threading.current_thread()
+        self._serve(poll_interval)
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._pid != os.getpid():
+                raise Error(f"this server belongs to process {self._pid}: make one after the fork")
+            if self._state != "idle":
+                raise Error(f"this server is {self._state}")
+            self._wake = os.pipe()
+            self._poll = select.poll()
+            self._poll.register(self.socket, select.POLLIN)
+            self._poll.register(self._wake[0], select.POLLIN)
+            self._state = "serving"
+            if not self._spawn(self._work):
+                self._state = "idle"
+                raise Error("no thread could be started")
+
+    def _serve(self, poll_interval: float) -> None:
+        try:
+            self._watch(poll_interval)
+        finally:
+            self._ask_to_end()
+            self._drain()
+
+    def _ask_to_end(self) -> None:
+        with self._lock:
+            if self._state == "serving":
+                self._state = "stopping"
+                self._leader = 0
+                self._vacancy.notify_all()
+                self._change.notify_all()
+                os.write(self._wake[1], b".")  # type: ignore[index] # never read: every poll is to see it
+
+    def _drain(self) -> None:
+        """Let what runs finish and reply, for socket_timeout; drop the rest."""
+        with self._change:
+            self._change.wait_for(lambda: not (self._workers or self._owners), self.drain_time)
+            late = [owner for owner in self._owners if isinstance(owner, Deferred)]
+        for deferred in late:
+            deferred.drop()
+        self.interface.settle()
+        with self._change:
+            for descriptor in self._wake or ():
+                os.close(descriptor)
+            self._wake = self._watcher = None
+            self._state = "idle"
+            if self._close_at_end:
+                self.server_close()
+            self._change.notify_all()
+
+    def shutdown(self) -> None:
+        """End serve_forever and wait for it; in a thread of this server, ask and return."""
+        self._ask_to_end()
+        with self._change:
+            if threading.current_thread() is not self._watcher and threading.current_thread() not in self._workers:
+                self._change.wait_for(lambda: self._state != "stopping")
+
+    def stop(self) -> None:
+        """Take no more requests, let running commands reply, remove the socket file and close.
+
+        From a command, or in the thread that serves (as from a signal handler), it asks and returns.
+        """
+        self._close_at_end = True
+        if self._pid == os.getpid():
+            self.shutdown()
+        if self._state in ("idle", "closed"):
+            self.server_close()
+
+    def server_close(self) -> None:
+        """Remove the socket file if it is still ours, and close; stop() if it is serving."""
+        if self._pid != os.getpid():
+            self.socket.close()  # inherited through a fork: file and threads are the parent's
+            return
+        with self._lock:
+            if self._state == "idle":
+                self._state = "closed"
+                self.remove_file()  # first: while the socket lives no other file has its inode
+                self.socket.close()
+                return
+        if self._state != "closed":
+            self.stop()
+
+    def __enter__(self: _S) -> _S:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def drain_time(self) -> float:
+        """How long stopping waits for what runs, in s."""
+        return max(self._timeout, SOCKET_TIMEOUT / 1000)
+
+    def is_stopping(self) -> bool:
+        return self._state == "stopping"
+
+    def adopt(self) -> None:
+        """Serve in this process, forked from the one that made the server; its file stays that one's."""
+        self._pid = os.getpid()
+
+    # ---- threads
+
+    def _spawn(self, target: Callable[..., None], *arguments: Any) -> bool:
+        """Start a worker; False if there are too many, or no thread can be had."""
+
+        def run() -> None:
+            try:
+                target(*arguments)
+            finally:
+                self._leave(worker)
+
+        worker = threading.Thread(target=run, name="mi_datagram worker", daemon=True)
+        with self._lock:
+            if len(self._workers) >= self._max_workers:
+                return False
+            self._workers.add(worker)
+            try:
+                worker.start()
+            except (RuntimeError, MemoryError) as error:
+                self._workers.discard(worker)
+                self.interface.count("thread_errors")
+                _note(logging.ERROR, "no thread could be started: %a", str(error))
+                return False
+        return True
+
+    def _leave(self, worker: threading.Thread) -> None:
+        with self._lock:
+            self._workers.discard(worker)
+            self.release(worker)
+            if self._leader == worker.ident:  # it died of an error; somebody has to go on
+                self._hand_over()
+            self._change.notify_all()
+
+    def _work(self) -> None:
+        me = get_ident()
+        while self._take_lead(me):
+            while self._leader == me:
+                try:
+                    request, client_address = self.get_request()
+                except BlockingIOError:
+                    self._wait(me)
+                    continue
+                except OSError as error:
+                    self._not_received(error)
+                    continue
+                try:
+                    if self.verify_request(request, client_address):
+                        self.process_request(request, client_address)
+                except BaseException:  # one request must not end the others
+                    self.handle_error(request, client_address)
+            self.release(threading.current_thread())
+
+    def _take_lead(self, me: int) -> bool:
+        """Become the leader, now or later; False if this thread is not needed any more."""
+        with self._lock:
+            if self._leader and self._spares >= SPARE_THREADS:
+                return False
+            self._spares += 1
+            self._vacancy.wait_for(lambda: not self._leader or self._state != "serving")
+            self._spares -= 1
+            if self._state == "serving":
+                self._leader = me
+            return self._leader == me
+
+    def _hand_over(self) -> None:
+        """Leave the lead to another thread; under the lock."""
+        self._leader = 0
+        if self._state == "serving":
+            if self._spares:
+                self._vacancy.notify()
+            else:
+                self._spawn(self._work)
+
+    def make_way(self) -> None:
+        """Have another thread receive while this one waits."""
+        with self._lock:
+            if self._leader == get_ident():
+                if self.current is not None:
+                    self.hold(threading.current_thread(), self.current, time.monotonic())
+                self._hand_over()
+
+    def _wait(self, me: int) -> None:
+        """Sleep until there is a datagram, or the end."""
+        with self._lock:
+            if self._leader != me:
+                return
+            self._leader_polls = True
+        self._poll.poll()
+        with self._lock:
+            self._leader_polls = False
+            if self._watcher_sleeps:
+                self._watcher_sleeps = False
+                self._change.notify_all()
+
+    def _watch(self, poll_interval: float) -> None:
+        """Hand over for a leader that is in one request for a whole TICK, until the end."""
+        acts = type(self).service_actions is not socketserver.BaseServer.service_actions
+        seen: Handler | None = None
+        quiet = 0
+        while True:
+            with self._lock:
+                self._watcher_sleeps = quiet >= QUIET_TICKS
+                if self._watcher_sleeps:
+                    self._change.wait(poll_interval if acts else None)
+                elif self._state == "serving":
+                    self._change.wait(TICK)
+                if self._state != "serving":
+                    return
+                if self.current is not seen:
+                    seen, quiet = self.current, 0
+                elif self._leader_polls:
+                    quiet += 1
+                elif self._leader:
+                    self._overtake()
+            if acts:
+                self.service_actions()
+
+    def _overtake(self) -> None:
+        leader = next((worker for worker in self._workers if worker.ident == self._leader), None)
+        if self.current is not None and leader is not None:
+            if self.current.command is not None:
+                self.current.command.slow = True
+            self.hold(leader, self.current, time.monotonic() - TICK)
+        self._hand_over()
+
+    def hold(self, owner: Any, handler: Handler, since: float) -> None:
+        """Remember that a worker or a Deferred still works on the request of HANDLER."""
+        key = (handler.request[0], handler.client_address)
+        with self._lock:
+            self._owners[owner] = key
+            since, owners = self._held.get(key, (since, 0))
+            self._held[key] = (since, owners + 1)
+
+    def release(self, owner: Any) -> None:
+        """Forget it again."""
+        with self._lock:
+            key = self._owners.pop(owner, None)
+            if key is not None:
+                since, owners = self._held.pop(key)
+                if owners > 1:
+                    self._held[key] = (since, owners - 1)
+                self._change.notify_all()
+
+    # ---- one datagram
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Handle the request in the thread that received it."""
+        self.finish_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Count and log what the handler raised."""
+        self.interface.count("handler_errors")
+        _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
+
+    def _not_received(self, error: OSError) -> None:
+        if self._state == "serving":
+            self.interface.count("receive_errors")
+            _note(logging.ERROR, "nothing could be received: %a", str(error))
+            time.sleep(TICK)  # whatever it is, it may last
+
+    def send(self, reply: bytes, address: Any) -> None:
+        """Send from the bound socket; wait for the client only where another thread receives meanwhile."""
+        try:
+            self.socket.sendto(reply, MSG_DONTWAIT, address)
+        except (OSError, TypeError) as error:
+            self._not_sent(reply, address, error)
+        else:
+            self.interface.count_reply()
+
+    def _not_sent(self, reply: bytes, address: Any, error: Exception) -> None:
+        if not address:
+            self.interface.count("dropped_unbound")
+        elif isinstance(error, BlockingIOError):
+            if threading.current_thread() in self._workers or self._state == "idle":
+                self._deliver(reply, address)
+            elif not self._spawn(self._deliver, reply, address):  # a late reply's thread may not wait
+                self._lost(address, error)
+        else:
+            self._lost(address, error)
+
+    def _deliver(self, reply: bytes, address: Any) -> None:
+        """Send a reply that was not taken at once."""
+        try:
+            self._send_patiently(reply, address)
+        except OSError as error:
+            self._lost(address, error)
+        else:
+            self.interface.count_reply()
+
+    def _send_patiently(self, reply: bytes, address: Any) -> None:
+        self._wait_for(self.socket, reply, address)
+
+    def _wait_for(self, sock: Socket, reply: bytes, address: Any) -> None:
+        """Send within socket_timeout, one reply a client at a time."""
+        with self._lock:
+            if not self._timeout or address in self._waiting or len(self._waiting) > self._max_workers // 2:
+                raise BlockingIOError(errno.EAGAIN, "too many replies wait")
+            self._waiting.add(address)
+        try:
+            self.make_way()
+            sock.sendto(reply, address)
+        finally:
+            with self._lock:
+                self._waiting.discard(address)
+
+    def _lost(self, address: Any, error: Exception) -> None:
+        kind, hint = LOST.get(getattr(error, "errno", 0), ("dropped_errors", ""))
+        self.interface.count(kind)
+        _note(logging.WARNING, "reply to %a dropped: %s%s", address, error, hint and f" ({hint})")
+
+
+_S = typing.TypeVar("_S", bound=_Serving)
+
+
+class UDPServer(_Serving, socketserver.ThreadingUDPServer):
+    """Serves an Interface on `udp:HOST:PORT`, IPv4 or IPv6."""
+
+    allow_reuse_address = False  # it would let a second process take the datagrams
+
+    def _resolve(self, name: str | tuple[str, int]) -> Any:
+        if isinstance(name, str):
+            raise _wrong("socket_name", name, "udp:HOST:PORT is allowed here")
+        self.address_family, address = _udp_address(name)
+        if self.parameters["socket_buf_size"] > UDP_PAYLOAD:
+            raise _wrong("socket_buf_size", self.parameters["socket_buf_size"], f"at most {UDP_PAYLOAD} over UDP")
+        for unix in ("unix_socket_user", "unix_socket_group"):
+            if self.parameters[unix] is not None:
+                raise _wrong(unix, self.parameters[unix], "only a UNIX socket has one")
+        return address
+
+    def server_bind(self) -> None:
+        try:
+            self.socket.bind(self.server_address)
+        except OSError as error:
+            raise SocketError(f"{_udp_name(self.server_address)}: {error.strerror}") from None
+        self.server_address = self.socket.getsockname()
+
+    @property
+    def socket_name(self) -> str:
+        """The name that a client gives; with the port that was found for port 0."""
+        return _udp_name(self.server_address)
+
+    def get_request(self) -> Any:
+        """Take a datagram without waiting: (data, socket, None), address."""
+        data, address = self.socket.recvfrom(self._buffer, MSG_DONTWAIT)
+        return (data, self.socket, None), address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._held and self._is_repeated((request[0], client_address)):
+            self.interface.count("retransmissions")
+        else:
+            self.finish_request(request, client_address)
+
+    def _is_repeated(self, key: Any) -> bool:
+        """Whether the same datagram of the same peer has been at work for a TICK: one client sends up to three."""
+        with self._lock:
+            held = self._held.get(key)
+        return held is not None and time.monotonic() - held[0] >= TICK
+
+
+def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
+    """Resolve (host, port) to a family and an address, IPv4 first, as the original does."""
+    try:
+        found = socket.getaddrinfo(*name, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError) as error:
+        raise SocketError(f"socket_name {_udp_name(name)!a}: {getattr(error, 'strerror', None) or error}") from None
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, address
+
+
+if TYPE_CHECKING or hasattr(socketserver, "ThreadingUnixDatagramServer"):
+    _UnixBase = socketserver.ThreadingUnixDatagramServer
+else:
+    _UnixBase = socketserver.ThreadingUDPServer  # to be importable; _resolve refuses
+
+
+class UnixServer(_Serving, _UnixBase):
+    """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
+
+    _file = ("", (0, 0))  # the path and (device, inode) of the socket file that we made
+
+    def _resolve(self, name: str | tuple[str, int]) -> Any:
+        if not isinstance(name, str):
+            raise _wrong("socket_name", _udp_name(name), "/path or ./path is allowed here")
+        if not hasattr(socket, "AF_UNIX"):
+            raise SocketError(f"socket_name {name!a}: this system has no UNIX sockets")
+        return os.path.abspath(name) if len(os.fsencode(os.path.abspath(name))) <= UNIX_PATH else name
+
+    @property
+    def socket_name(self) -> str:
+        """The path of the socket."""
+        return os.fsdecode(self.server_address)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Bind with the mode and owner asked for, at no moment with more.
+
+        The folder is locked from the look at the path to the bind, so that of two servers
+        that start together one sees the other.
+        """
+        path = self.socket_name
+        values = self.parameters
+        with _locked_folder(path):
+            _clear_path(path)
+            os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
+            try:
+                self.socket.bind(path)
+            except OSError as error:
+                raise SocketError(f"{path}: {error.strerror}") from None
+        status = os.lstat(path)
+        self._file = (path, (status.st_dev, status.st_ino))
+        self.remove_file = weakref.finalize(self, _remove_file, *self._file, os.getpid())
+        try:
+            if values["unix_socket_user"] is not None or values["unix_socket_group"] is not None:
+                user = -1 if values["unix_socket_user"] is None else values["unix_socket_user"]
+                group = -1 if values["unix_socket_group"] is None else values["unix_socket_group"]
+                os.chown(path, user, group, follow_symlinks=False)
+            os.chmod(path, values["unix_socket_mode"])
+        except OSError as error:
+            raise SocketError(f"{path}: owner or mode cannot be set: {error.strerror}") from None
+
+    def _prepare(self, sock: Socket) -> None:
+        super()._prepare(sock)
+        if SO_PASSCRED:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+
+    def get_request(self) -> Any:
+        """Take a datagram without waiting: (data, socket, struct ucred of the peer), address."""
+        sock = self.socket
+        data, ancillary, _, address = sock.recvmsg(self._buffer, CREDENTIALS, MSG_DONTWAIT)
+        credentials = None
+        for _, kind, value in ancillary:
+            if kind == SCM_CREDENTIALS:
+                credentials = value
+            else:
+                _close_descriptors(kind, value)
+        return (data, sock, credentials), address
+
+    def _send_patiently(self, reply: bytes, address: Any) -> None:
+        """Send from a socket of its own: replies that nobody reads are charged to the sender's.
+
+        A client that is connected takes replies from the bound socket only, and has no limit
+        of its own: that ours is full is the only reason to wait for it, which could be forever.
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as aside:
+            aside.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
+            try:
+                aside.sendto(reply, MSG_DONTWAIT, address)
+            except BlockingIOError:
+                self._wait_for(aside, reply, address)
+            except PermissionError as error:
+                if error.errno == errno.EPERM:
+                    raise BlockingIOError(errno.EAGAIN, "our send buffer is full") from None
+                raise
+
+
+SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
+
+
+def _close_descriptors(kind: int, value: bytes) -> None:
+    """Close what a peer sent along, should any of it get in."""
+    if kind == getattr(socket, "SCM_RIGHTS", None):
+        for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked_folder(path: str) -> typing.Iterator[None]:
+    """Lock the folder of PATH for a moment; go on without after a second: anybody may lock /tmp."""
+    import fcntl
+
+    folder = os.path.dirname(path) or "."
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EACCES:
+            raise SocketError(f"socket_name {path!a}: folder {folder}: {error.strerror}") from None
+        yield  # a folder that we may write but not read
+        return
+    try:
+        deadline = time.monotonic() + 1
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    _note(logging.WARNING, "%a is locked by somebody else; going on without", folder)
+                    break
+                time.sleep(0.005)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear_path(path: str) -> None:
+    """Remove a dead socket at PATH; raise SocketError for anything else there."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SocketError(f"socket_name {path!a}: {error.strerror}") from None
+    if not stat.S_ISSOCK(status.st_mode):
+        raise SocketError(f"socket_name {path!a}: there is something that is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise SocketError(f"socket_name {path!a}: there is a socket in use ({error.strerror})") from None
+    raise SocketError(f"socket_name {path!a}: a server listens there already")
+
+
+def _remove_file(path: str, identity: tuple[int, int], pid: int) -> None:
+    """Remove the socket file if it is still the one that process PID made."""
+    if pid == os.getpid():
+        with contextlib.suppress(OSError):
+            status = os.lstat(path)
+            if (status.st_dev, status.st_ino) == identity:
+                os.unlink(path)
+
+
+# ------------------------------------------------------------------- client ----
+
+
+class NoAnswer(Error, TimeoutError):
+    """No reply came in time."""
+
+
+class Client:
+    """Runs commands of a server: `call` in the line dialect, `call_json` in JSON-RPC 2.0.
+
+    `timeout` is in ms. On Linux a client of a UNIX socket has an abstract name; elsewhere, and
+    with `reply_dir` (for a server in another network namespace), a socket in a private folder
+    made there. Not for several threads at once. Nothing is left behind.
+    """
+
+    def __init__(self, socket_name: str, timeout: int = SOCKET_TIMEOUT, reply_dir: str | None = None) -> None:
+        self.socket_name = socket_name
+        self.timeout = _number("timeout", timeout, 1, 2**31 - 1)
+        self._address = parse_socket_name(socket_name)
+        self._reply_dir = reply_dir
+        self._folder: str | None = None
+        self._socket: socket.socket | None = None
+        self._last_id = 0
+
+    def call(self, command: str, /, *values: object, **named: object) -> Reply:
+        """Run a command and give its reply; its nodes are Node objects.
+
+        Raises CommandError for an error reply, NoAnswer, SocketError where nobody listens, and
+        RequestError for what cannot be written.
+        """
+        reply = parse_reply(self.exchange(format_request(command, *values, **named)))
+        if not reply.ok:
+            raise CommandError(reply.code, reply.reason)
+        return reply
+
+    def call_json(self, method: str, /, *params: Any, **named: Any) -> Any:
+        """Run a command and give its result; raises what call does, and RequestError for mixed parameters."""
+        if params and named:
+            raise RequestError("JSON-RPC takes parameters by position or by name, not both")
+        self._last_id += 1
+        call = {"jsonrpc": "2.0", "method": method, "params": named or list(params), "id": self._last_id}
+        answer = json.loads(self.exchange(json.dumps(call).encode(), self._is_mine))
+        if "error" in answer:
+            error = answer["error"]
+            raise CommandError(error["code"], error["message"], error.get("data"))
+        return answer["result"]
+
+    def _is_mine(self, reply: bytes) -> bool:
+        """Whether the reply is the one to the present call; an error may have lost its id."""
+        try:
+            answer = json.loads(reply)
+        except ValueError:
+            return False
+        return isinstance(answer, dict) and answer.get("id") in (self._last_id, None)
+
+    def exchange(self, request: bytes, is_mine: Callable[[bytes], bool] = lambda reply: True) -> bytes:
+        """Send the bytes of a request and give those of its reply."""
+        deadline = time.monotonic() + self.timeout / 1000
+        try:
+            try:
+                sock = self._connected()
+                sock.send(request)
+            except (ConnectionError, FileNotFoundError):
+                self.close()  # the server that this socket was connected to is gone; there may be another
+                sock = self._connected()
+                sock.send(request)
+            while True:
+                left = max(deadline - time.monotonic(), 0.000001)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(left))
+                reply = sock.recv(UNIX_PAYLOAD)
+                if is_mine(reply):
+                    return reply
+        except BaseException as error:
+            self.close()  # with its address goes whatever reply comes later
+            if isinstance(error, BlockingIOError):
+                raise NoAnswer(f"no answer from {self.socket_name} within {self.timeout} ms") from None
+            if isinstance(error, (ConnectionError, FileNotFoundError)):
+                raise SocketError(f"nobody listens on {self.socket_name}") from None
+            if isinstance(error, OSError) and not isinstance(error, Error):
+                raise SocketError(f"{self.socket_name}: {error.strerror}") from None
+            raise
+
+    def _connected(self) -> socket.socket:
+        """Give the socket, connected, so that only the server's replies arrive."""
+        if self._socket is None:
+            if isinstance(self._address, tuple):
+                family, address = _udp_address(self._address)
+            else:
+                family, address = socket.AF_UNIX, self._address
+            self._socket = socket.socket(family, socket.SOCK_DGRAM)
+            if family == socket.AF_UNIX:
+                self._socket.bind(self._own_name())
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout / 1000))
+            self._socket.connect(address)
+        return self._socket
+
+    def _own_name(self) -> str:
+        import tempfile
+
+        name = f"mi_datagram.{os.getpid()}.{os.urandom(8).hex()}"
+        if sys.platform == "linux" and self._reply_dir is None:
+            return "\0" + name
+        self._folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
+        os.chmod(self._folder, 0o711)  # the server may run as somebody else
+        return os.path.join(self._folder, "reply")
+
+    def close(self) -> None:
+        """Close the socket and remove what it needed; the next call makes it anew."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._folder is not None:
+            import shutil
+
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+###############################################################################
+#                                                                             #
+#   The library ends here. What follows is what `python -m mi_datagram`       #
+#   needs: children, systemd, configuration files, shell, command line.       #
+#                                                                             #
+###############################################################################
+
+# ----------------------------------------------------------------- children ----
+
+
+class _SharedCounter(Counter):
+    """Counts in cell INDEX of the row OWN, one of those of all children; the last row is for resets."""
+
+    def __init__(self, rows: list[Any], own: int, index: int) -> None:
+        self._rows, self._row, self._index = rows, rows[own], index
+        self._lock = threading.RLock()
+
+    def add(self, amount: int = 1) -> None:
+        with self._lock:
+            self._row[self._index] += amount
+
+    def reset(self) -> None:
+        self._rows[-1][self._index] -= self()
+
+    def __call__(self) -> int:
+        return sum([int(row[self._index]) for row in self._rows])
+
+
+class _Children:
+    """The parent of `children_count` processes that serve one socket.
+
+    The parent forks them before any thread starts, supervises, and serves nothing. What they share
+    is a row of counters for each child, one for resets, and one of facts: the
+    log level, then two cells for each child, its PID and whether it has served.
+    """
+
+    def __init__(self, server: UnixServer | UDPServer, count: int) -> None:
+        import mmap
+
+        self.server = server
+        self.count = count
+        self.parent = os.getpid()
+        self.ending = False
+        width = max(len(COUNTERS) + len(FAULTS), 1 + 2 * count)
+        cells = memoryview(mmap.mmap(-1, 8 * width * (count + 2))).cast("q")
+        *self.rows, self.facts = [cells[i * width : (i + 1) * width] for i in range(count + 2)]
+        self.facts[0] = NO_LEVEL
+        self.lifeline = os.pipe()  # its write end closes when the parent is gone
+        server.interface.processes = self.processes
+        server.interface.level_changed = self.spread_level
+
+    def pids(self) -> list[int]:
+        return list(self.facts[1 : 1 + 2 * self.count : 2])
+
+    def processes(self) -> list[tuple[int, str]]:
+        return [(self.parent, "attendant"), *[(pid, f"MI datagram child={i}") for i, pid in enumerate(self.pids())]]
+
+    def run(self) -> int:
+        """Fork the children, replace those that die, end with them; give the exit status."""
+        signal.signal(signal.SIGTERM, self.end)
+        signal.signal(signal.SIGINT, self.end)
+        signal.signal(signal.SIGHUP, lambda *_: self.kill(signal.SIGHUP))
+        signal.signal(signal.SIGALRM, lambda *_: self.kill(signal.SIGKILL))
+        for index in range(self.count):
+            self.fork(index)
+        _tell_systemd("READY=1")
+        status = 0
+        while any(self.pids()):
+            pid, how = os.waitpid(-1, 0)
+            index = self.pids().index(pid)
+            served, self.facts[1 + 2 * index] = self.facts[2 + 2 * index], 0
+            if not (served or self.ending):
+                _say(f"child {index} ended before it could serve (wait status {how})")
+                status = 1
+                self.end()
+            elif not self.ending:
+                log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
+                self.fork(index)
+        self.server.stop()
+        return status
+
+    def fork(self, index: int) -> None:
+        """Start the child INDEX; no signal gets in between its start and the note of its PID."""
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+        if not self.ending:
+            self.facts[2 + 2 * index] = 0
+            pid = os.fork()
+            self.facts[1 + 2 * index] = pid or os.getpid()
+            if not pid:
+                self.child(index, signals)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+
+    def child(self, index: int, signals: Any) -> typing.NoReturn:
+        """Serve until the parent says so or is gone."""
+        status = 1
+        try:
+            os.close(self.lifeline[1])
+            signal.signal(signal.SIGTERM, lambda *_: self.server.stop())
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent passes it on
+            signal.signal(signal.SIGHUP, self.take_level)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            self.take_level()
+            cells = iter(range(len(self.rows[0])))
+            self.server.interface.use_counters(lambda: _SharedCounter(self.rows, index, next(cells)))
+            self.server.adopt()
+            threading.Thread(target=self.watch_parent, name="mi_datagram lifeline", daemon=True).start()
+            self.facts[2 + 2 * index] = 1
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+            self.server.serve_forever()
+            status = 0
+        except BaseException as error:
+            _note(logging.ERROR, "child %d failed", index, error=error)
+        finally:
+            os._exit(status)
+
+    def watch_parent(self) -> None:
+        """End this child when the parent is gone, and remove the socket file in its stead."""
+        os.read(self.lifeline[0], 1)
+        log.error("the parent process is gone: ending")
+        if isinstance(self.server, UnixServer):
+            _remove_file(*self.server._file, os.getpid())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        os._exit(1)
+
+    def kill(self, number: int) -> None:
+        for pid in self.pids():
+            if pid:
+                os.kill(pid, number)
+
+    def end(self, *_: object) -> None:
+        """Have the children end: in their time at first, at once if asked again."""
+        if self.ending:
+            self.kill(signal.SIGKILL)
+        else:
+            self.ending = True
+            _tell_systemd("STOPPING=1")
+            self.kill(signal.SIGTERM)
+            signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + 0.5)
+
+    def spread_level(self, level: int) -> None:
+        """Have every child take over the log level that `debug` set in this one."""
+        self.facts[0] = level
+        os.kill(self.parent, signal.SIGHUP)
+
+    def take_level(self, *_: object) -> None:
+        if self.facts[0] != NO_LEVEL:
+            self.server.interface.logger.setLevel(DEBUG_LEVELS[self.facts[0]])
+
+
+NO_LEVEL = 99  # what no call of `debug` can set
+
+# ------------------------------------------------------------------ systemd ----
+
+
+def _passed_socket() -> socket.socket | None:
+    """Give the socket that systemd opened for this process (sd_listen_fds), if any."""
+    if os.environ.pop("LISTEN_PID", None) != str(os.getpid()):
+        return None
+    count = os.environ.pop("LISTEN_FDS", "0")
+    if count != "1":
+        raise ParameterError(f"LISTEN_FDS {count!a}: one socket is allowed")
+    os.set_inheritable(3, False)
+    passed = socket.socket(fileno=3)
+    if passed.type != socket.SOCK_DGRAM:
+        raise ParameterError("the socket passed in LISTEN_FDS is none for datagrams (ListenDatagram=)")
+    return passed
+
+
+def _tell_systemd(state: str) -> None:
+    """Tell the service manager READY=1 or STOPPING=1 (sd_notify), if there is one."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if name:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + name[1:] if name.startswith("@") else name)
+
+
+# ----------------------------------------------------------- modparam files ----
+
+# Strings and comments are matched too, so that nothing inside them is taken for a line of ours.
+_MODPARAM = r"""(?P<comment> /\*.*?(?:\*/|\Z) | //[^\n]* | \#(?!!if)[^\n]*)
+      | (?P<condition> \#!if[^\n]*)
+      | modparam \s* \( \s* (["']) (?P<module>[^"'\n]*) \3 \s* , \s* (["']) (?P<name>\w+) \5 \s* ,
+        \s* (?P<value> "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' | [^)\s]* ) \s* \)
+      | "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*'
+    """
+
+
+def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
+    """List the (name, value) pairs of the `modparam("mi_datagram", …)` lines in a configuration file.
+
+    FILE is its name for messages. Parameters of the original that have no meaning here are
+    skipped with a warning; raises ParameterError for a value that is no literal.
+    """
+    pairs: list[tuple[str, Any]] = []
+    conditions = False
+    for match in re.finditer(_MODPARAM, text, re.VERBOSE | re.DOTALL):
+        conditions = conditions or match["condition"] is not None
+        if match["module"] is None or "mi_datagram" not in match["module"].split("|"):
+            continue
+        name, value = match["name"], match["value"]
+        if name != "socket_name" and name not in PARAMETERS:
+            _say(f"{file}: parameter {name} has no meaning here, skipped")
+            continue
+        line = text.count("\n", 0, match.start()) + 1
+        pairs.append((name, _literal(value, f"{file}:{line}: {name} {value}")))
+    if conditions:
+        _say(f"{file}: its #!if lines are not evaluated, all of the file is read")
+    return pairs
+
+
+def _literal(value: str, where: str) -> str | int:
+    """Read a string, or a decimal, 0-octal or 0x number."""
+    if value[:1] in ("'", '"'):
+        return re.sub(r"\\(.)", lambda match: {"t": "\t", "n": "\n", "r": "\r"}.get(match[1], match[1]), value[1:-1])
+    digits = value.lstrip("-")
+    base = 16 if digits[:2].lower() == "0x" else 8 if digits[:1] == "0" else 10
+    try:
+        return int(value, base)
+    except ValueError:
+        raise ParameterError(f"{where}: a string or a number is allowed") from None
+
+
+# -------------------------------------------------------------------- shell ----
+
+
+def _show(reply: Reply) -> str:
+    """Write a reply's tree as it came, but nothing that would drive a terminal."""
+    text = format_reply(reply).decode("utf-8", "replace").partition("\n")[2]
+    return "".join([c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text])
+
+
+def _run_words(client: Client, words: list[str], as_json: bool = False) -> int:
+    """Run a command as typed, print what comes, give the exit status."""
+    try:
+        if as_json:
+            values, named = _json_params(words[1:])
+            print(json.dumps(client.call_json(words[0], *values, **named), indent=4))
+        else:
+            reply = parse_reply(client.exchange(_format_request(words[0], map(_split_word, words[1:]))))
+            if not reply.ok:
+                raise CommandError(reply.code, reply.reason)
+            sys.stdout.write(_show(reply))
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except RequestError as error:
+        _say(str(error))
+        return 2
+    except Error as error:
+        _say(str(error))
+        return 3
+    return 0
+
+
+def _split_word(word: str) -> tuple[str, str]:
+    """Part VALUE, NAME::VALUE or ::VALUE into (name, value)."""
+    name, separator, value = word.partition("::")
+    return (name, value) if separator else ("", word)
+
+
+def _json_params(words: list[str]) -> tuple[list[Any], dict[str, Any]]:
+    """Read parameters for JSON: a value that is JSON stands for itself, any other is a string."""
+    values = []
+    named = {}
+    for name, text in map(_split_word, words):
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if name:
+            named[name] = value
+        else:
+            values.append(value)
+    return values, named
+
+
+class _Shell:
+    """Reads commands line by line; `help` and completion come from the server."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.names: list[str] = []
+        self.matches: list[str] = []
+
+    def run(self) -> int:
+        import shlex
+
+        prompt = ""
+        if sys.stdin.isatty():
+            prompt = f"{self.client.socket_name}> "
+            with contextlib.suppress(ImportError):
+                import readline
+
+                readline.set_completer(self.complete)
+                readline.set_completer_delims(" ")
+                readline.parse_and_bind("tab: complete")
+        status = 0
+        while True:
+            try:
+                words = shlex.split(input(prompt))
+            except EOFError:
+                if prompt:
+                    print()
+                return status
+            except ValueError as error:
+                _say(str(error))
+                status = 2
+                continue
+            if words:
+                status = _run_words(self.client, words)
+
+    def complete(self, text: str, state: int) -> str | None:
+        """Complete for readline: commands first, then the names of the command's parameters."""
+        import readline
+
+        if state == 0:
+            words = readline.get_line_buffer()[: readline.get_begidx()].split()
+            try:
+                if words and words[0] != "help":
+                    lists = self.client.call_json("which", words[0])
+                    found = [f"{name}::" for name in dict.fromkeys(sum(lists, []))]
+                else:
+                    found = [f"{name} " for name in self.client.call_json("which")]
+            except Error:
+                found = []
+            self.matches = [name for name in found if name.startswith(text)]
+        return self.matches[state] if state < len(self.matches) else None
+
+
+# ------------------------------------------------------------- command line ----
+
+DEFAULT_SOCKET = "./mi_datagram.sock"
+
+USAGE = """\
+serve:  python -m mi_datagram [--socket_name NAME] [--load MODULE_OR_FILE[:NAME]]... [PARAMETER]... [-v] [--config FILE]
+ask:    python -m mi_datagram call [-s NAME] [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
+        python -m mi_datagram shell [-s NAME] [--timeout MS]
+"""
+
+
+def _say(text: str) -> None:
+    print(f"mi_datagram: {text}", file=sys.stderr)
+
+
+def _client_parser(command: str) -> argparse.ArgumentParser:
+    import argparse
+
+    parser = argparse.ArgumentParser(f"mi_datagram {command}", usage=USAGE, allow_abbrev=False)
+    add = parser.add_argument
+    add("-s", "--socket_name", "--socket-name", default=DEFAULT_SOCKET, metavar="NAME", help="/path, ./path or udp:HOST:PORT")
+    add("--timeout", default=SOCKET_TIMEOUT, metavar="MS", help=f"how long to wait for a reply (default {SOCKET_TIMEOUT})")
+    add("--reply_dir", "--reply-dir", metavar="DIR", help="where to make the socket that replies come to")
+    if command == "call":
+        add("--json", action="store_true", help="ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such")
+        add("command", metavar="COMMAND")
+        add("arguments", nargs=argparse.REMAINDER, metavar="VALUE | NAME::VALUE | ::VALUE")
+    return parser
+
+
+def _server_parser() -> argparse.ArgumentParser:
+    """Parse into `settings`: (parameter, value) pairs in their order, ("config", file) among them."""
+    import argparse
+
+    class Setting(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+            namespace.settings = [*namespace.settings, (self.dest, values)]
+
+    parser = argparse.ArgumentParser("mi_datagram", usage=USAGE, allow_abbrev=False)
+    parser.set_defaults(settings=[])
+
+    def add(name: str, *more: str, **keywords: Any) -> None:
+        options = dict.fromkeys([*more, f"--{name}", "--" + name.replace("_", "-")])
+        parser.add_argument(*options, dest=name, **keywords)
+
+    add("socket_name", "-s", action=Setting, metavar="NAME", help="/path, ./path or udp:HOST:PORT; the last one wins")
+    add("load", action="append", default=[], metavar="MODULE_OR_FILE[:NAME]", help="serve its Interface called mi, or NAME")
+    add("config", action=Setting, metavar="FILE", help='read the modparam("mi_datagram", ...) lines of a file')
+    add("allow_network", action="append", default=[], metavar="NETWORK", help="the UDP peers to let in")
+    add("allow_user", action="append", default=[], metavar="USER", help="whom to let in on a UNIX socket")
+    add("verbose", "-v", action="count", default=0, help="log more; twice: everything")
+    for name, (default, _) in PARAMETERS.items():
+        shown = oct(default) if name == "unix_socket_mode" else default
+        add(name, action=Setting, metavar="VALUE", help=f"default {shown!r}")
+    return parser
+
+
+def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Give the parameters, the last value of each; those of a file stand where --config stands."""
+    found: dict[str, Any] = {}
+    for name, value in settings:
+        if name == "config":
+            try:
+                with open(value, encoding="utf-8", errors="surrogateescape") as file:
+                    found.update(read_modparams(file.read(), value))
+            except OSError as error:
+                raise ParameterError(f"config {value!a}: {error.strerror}") from None
+        else:
+            found[name] = value
+    return found
+
+
+def _load(what: str) -> Interface:
+    """Import a module, or run a .py file, and give its Interface."""
+    import importlib.util
+
+    source, _, name = what.rpartition(":") if ":" in what else (what, "", "mi")
+    try:
+        if source.endswith(".py"):
+            sys.path.insert(0, os.path.dirname(os.path.abspath(source)))  # as for a script
+            spec = importlib.util.spec_from_file_location(os.path.basename(source)[:-3], source)
+            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            sys.modules[module.__name__] = module
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        else:
+            module = importlib.import_module(source)
+    except Exception as error:
+        raise ParameterError(f"load {what!a}: {type(error).__name__}: {error}") from error
+    interface = getattr(module, name, None)
+    if isinstance(interface, Interface):
+        return interface
+    if type(interface).__name__ == "Interface":
+        other = sys.modules[type(interface).__module__].__file__
+        raise ParameterError(f"load {what!a}: its Interface is of another copy of this file, {other}, not of {__file__}")
+    raise ParameterError(f"load {what!a}: it has no Interface called {name}")
+
+
+def _allowed(networks: list[str], users: list[str], socket_name: str) -> Authorize | None:
+    """Give the `authorize` of the two options, each for its own kind of socket."""
+    is_udp = socket_name[:4].lower() == "udp:"
+    if networks and not is_udp or users and is_udp:
+        raise ParameterError("allow_network is for UDP, allow_user for a UNIX socket")
+    return allow_networks(*networks) if networks else allow_users(*users) if users else None
+
+
+def _make_server(options: Any) -> UnixServer | UDPServer:
+    parameters = _collect(options.settings)
+    listening = _passed_socket()
+    if listening is not None:
+        address = listening.getsockname()
+        parameters["socket_name"] = address if listening.family == socket.AF_UNIX else _udp_name(address)
+    elif "socket_name" not in parameters:
+        _say(f"no socket_name given, using {DEFAULT_SOCKET}")
+        parameters["socket_name"] = DEFAULT_SOCKET
+    name = parameters.pop("socket_name")
+    check_parameters(parameters)
+    interfaces = [_load(what) for what in options.load] or [Interface(core=())]
+    for other in interfaces[1:]:
+        interfaces[0].include(other)
+    interfaces[0].add_core(CORE)
+    authorize = _allowed(options.allow_network, options.allow_user, name)
+    return interfaces[0].server(name, authorize=authorize, listening=listening, **parameters)
+
+
+def _serve(server: UnixServer | UDPServer) -> int:
+    """Serve until SIGTERM, Ctrl-C or `kill`; asked a second time, end at once."""
+    if server.parameters["children_count"] > 1:
+        return _Children(server, server.parameters["children_count"]).run()
+
+    def end(*_: object) -> None:
+        if server.is_stopping():
+            server.remove_file()
+            os._exit(1)
+        _tell_systemd("STOPPING=1")
+        server.stop()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGHUP, lambda *_: None)  # there is nothing to read again
+    _tell_systemd("READY=1")
+    server.serve_forever()
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; give the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] in (["call"], ["shell"]):
+            options = _client_parser(arguments[0]).parse_args(arguments[1:])
+            with Client(options.socket_name, options.timeout, options.reply_dir) as client:
+                if arguments[0] == "shell":
+                    return _Shell(client).run()
+                return _run_words(client, [options.command, *options.arguments], options.json)
+        options = _server_parser().parse_args(arguments)
+        level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        audit.setLevel(logging.INFO)
+        server = _make_server(options)
+        _say(f"listening on {server.socket_name}")
+        return _serve(server)
+    except Error as error:
+        _say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.modules["mi_datagram"] = sys.modules["__main__"]  # a loaded file's `import mi_datagram` is this copy
+    sys.exit(main())
+
+# --------------------------------------------------------------------- 0BSD ----
+#
+# Permission to use, copy, modify, and/or distribute this software for any
+# purpose with or without fee is hereby granted.
+#
+# THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES WITH
+# REGARD TO THIS SOFTWARE INCLUDING ALL IMPLIED WARRANTIES OF MERCHANTABILITY
+# AND FITNESS. IN NO EVENT SHALL THE AUTHOR BE LIABLE FOR ANY SPECIAL, DIRECT,
+# INDIRECT, OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES WHATSOEVER RESULTING FROM
+# LOSS OF USE, DATA OR PROFITS, WHETHER IN AN ACTION OF CONTRACT, NEGLIGENCE OR
+# OTHER TORTIOUS ACTION, ARISING OUT OF OR IN CONNECTION WITH THE USE OR
+# PERFORMANCE OF THIS SOFTWARE.
