@@ -339,32 +339,37 @@ def _logical_lines(text: str) -> list[str]:
     position = 0
     while position < len(text):
         end = text.find("\n", position) % (len(text) + 1)  # its end where there is none
-        quote = text.find('"', position, end)
-        if quote >= 0:
-            quote = text.find('"', quote + 1)
-            while quote > 0 and text[quote - 1] == "\\":
-                quote = text.find('"', quote + 1)
-            end = text.find("\n", quote) % (len(text) + 1) if quote > 0 else len(text)
+        opening = text.find('"', position, end)
+        if opening >= 0:
+            closing = _closing_quote(text, opening)
+            end = text.find("\n", closing) % (len(text) + 1) if closing > 0 else len(text)
         lines.append(text[position:end])
         position = end + 1
     return lines
 
 
+def _closing_quote(text: str, opening: int) -> int:
+    """Find the quote that closes the one at OPENING; -1 where there is none."""
+    closing = text.find('"', opening + 1)
+    while closing > 0 and text[closing - 1] == "\\":
+        closing = text.find('"', closing + 1)
+    return closing
+
+
 def _parse_quoted(line: str) -> tuple[str, str]:
     """Read an argument with a quoted value; a RequestError has the position in LINE."""
-    head, _, tail = line.partition('"')
-    name, separator, before = head.partition("::")
+    opening = line.index('"')
+    name, separator, before = line[:opening].partition("::")
     if not separator:
-        name, before = "", head
-    value, closing, after = tail.rpartition('"')
-    bare = value.replace('\\"', "")
+        name, before = "", name
     if before.strip(WHITE):
-        raise RequestError("quote inside a value", len(head))
-    if not closing or value.endswith("\\"):
-        raise RequestError("quote not closed", len(head))
-    if '"' in bare or after.strip(WHITE):
-        raise RequestError("text behind a closing quote", len(head))
-    return name.strip(WHITE), value.replace('\\"', '"')
+        raise RequestError("quote inside a value", opening)
+    closing = _closing_quote(line, opening)
+    if closing < 0:
+        raise RequestError("quote not closed", opening)
+    if line[closing + 1 :].strip(WHITE):
+        raise RequestError("text behind a closing quote", closing + 1)
+    return name.strip(WHITE), line[opening + 1 : closing].replace('\\"', '"')
 
 
 def format_request(command: str, /, *values: object, **named: object) -> bytes:
@@ -379,16 +384,13 @@ def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> by
     if not command or ":" in command or "\n" in command:
         raise RequestError(f"command {command!a} cannot be written")
     lines = [f":{command}:\n", *[_format_argument(name, _text(value)) for name, value in arguments]]
-    try:
-        data = "".join(lines).encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        raise RequestError(f"command {command!a}: {error}") from None
-    if data.decode("utf-8", "surrogateescape") != "".join(lines):
-        raise RequestError(f"command {command!a}: its surrogates would come back as other characters")
-    return data
+    _check_encodes(command)
+    return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 def _format_argument(name: str, value: str) -> str:
+    _check_encodes(name)
+    _check_encodes(value)
     if name != name.strip(WHITE) or name.endswith(":") or any([mark in name for mark in ("::", '"', "\n")]):
         raise RequestError(f"name {name!a} cannot be written")
     if value and value == value.strip(WHITE) and '"' not in value and "\n" not in value:
@@ -397,6 +399,14 @@ def _format_argument(name: str, value: str) -> str:
         raise RequestError(f"value {value!a} needs quotes and cannot end with a backslash in them")
     quoted = '"' + value.replace('"', '\\"') + '"'
     return f"{name}::{quoted}\n" if name else f"{quoted}\n"
+
+
+def _check_encodes(text: str) -> None:
+    """Refuse what would come back as something else: lone surrogates stand for bytes that are no UTF-8."""
+    with contextlib.suppress(UnicodeEncodeError):
+        if text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == text:
+            return
+    raise RequestError(f"{text!a} has surrogates that do not come back")
 
 
 _SCALARS = frozenset([str, int, float, bool, type(None)])  # most values: told without asking the ABCs
@@ -418,7 +428,9 @@ def _is_mapping(data: object) -> bool:
 
 
 def _is_sequence(data: object) -> bool:
-    return data.__class__ not in _SCALARS and isinstance(data, Sequence) and not isinstance(data, (bytes, bytearray, str))
+    return (
+        data.__class__ not in _SCALARS and isinstance(data, Sequence) and not isinstance(data, (bytes, bytearray, str))
+    )
 
 
 def format_reply(reply: Any = None, indent: str = "\t") -> bytes:
@@ -600,11 +612,12 @@ class Origin:
 
     For derived classes (a server's Handler is one): `send` delivers a late reply; `make_way` is
     called before a command that is known to wait; `hold` and `release` are called when a Deferred
-    begins and ends.
+    begins and when it has ended.
     """
 
     settings = Settings()
     command: Command | None = None  # the one that runs now
+    answered = False  # from just before the reply is sent
 
     @property
     def peer(self) -> Peer | None:
@@ -809,6 +822,7 @@ class Command:
         "_maximum",
         "_minimum",
         "_required",
+        "_reserved",
         "_rest",
         "core",
         "doc",
@@ -820,7 +834,9 @@ class Command:
         "slow",
     )
 
-    def __init__(self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool, core: bool) -> None:
+    def __init__(
+        self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool, core: bool
+    ) -> None:
         if not name or ":" in name or not isinstance(name, str):
             raise ParameterError(f"command name {name!a}: a text without ':' is allowed")
         self.name = name
@@ -830,7 +846,8 @@ class Command:
         self.core = core
         self.doc = inspect.getdoc(function) or ""
         self.slow = False  # whether its last run took longer than a TICK
-        self.parameters = list(inspect.signature(function).parameters.values())[1 if pass_request else 0 :]
+        self.parameters = list(inspect.signature(function).parameters.values())
+        self._reserved = self.parameters.pop(0).name if pass_request else None  # no name for an argument
         self._plan()
 
     def _plan(self) -> None:
@@ -877,7 +894,7 @@ class Command:
                 elif parameter is self._catch_all:
                     for name in named.keys() - self._by_name.keys():
                         named[name] = convert(named[name])
-                elif parameter.name in named:
+                elif parameter.name in named and parameter.name in self._by_name:
                     named[parameter.name] = convert(named[parameter.name])
                 elif position < len(values) and parameter.kind is not parameter.KEYWORD_ONLY:
                     values[position] = convert(values[position])
@@ -888,7 +905,7 @@ class Command:
         by_name = self._by_name
         for name in named:
             position = by_name.get(name)
-            if self._catch_all is None if position is None else position < count:
+            if (self._catch_all is None or name == self._reserved) if position is None else position < count:
                 raise _Fault("bad_arguments", "Named parameters do not match")
         for position, name in self._required:
             if position >= count and not (name in named and name in by_name):
@@ -1029,7 +1046,13 @@ class Interface:
         return function
 
     def _register(
-        self, function: Callable[..., Any], name: str, pass_request: bool, read_only: bool, replace: bool, core: bool = False
+        self,
+        function: Callable[..., Any],
+        name: str,
+        pass_request: bool,
+        read_only: bool,
+        replace: bool,
+        core: bool = False,
     ) -> None:
         if name in self.commands and not replace:
             raise ParameterError(f"command name {name!a}: there is one already; replace=True is allowed")
@@ -1049,7 +1072,7 @@ class Interface:
         """Make a command of an `async def` function: it runs on the loop and answers when it is done."""
         import asyncio
 
-        def start(request: Request, *values: Any, **named: Any) -> Deferred:
+        def start(request: Request, /, *values: Any, **named: Any) -> Deferred:
             deferred = request.defer()
             if pass_request:
                 values = (request, *values)
@@ -1106,7 +1129,7 @@ class Interface:
 
     def server(self, socket_name: str, **parameters: Any) -> UnixServer | UDPServer:
         """Make a server of these commands; see UnixServer for its parameters."""
-        kind = UDPServer if socket_name[:4].lower() == "udp:" else UnixServer
+        kind = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
         return kind(socket_name, self, **parameters)
 
     def answer(
@@ -1146,7 +1169,7 @@ class Interface:
             if outcome.__class__ is Deferred:
                 return None
         except CommandError as error:
-            return self._finish_error(self._blame(error, origin), origin.settings)
+            return self._finish_error(self._blame(error, origin), origin)
         return self._finish_line(outcome, origin)
 
     def count(self, name: str) -> None:
@@ -1174,7 +1197,7 @@ class Interface:
         self.count(kind)
         level = logging.INFO if kind == "command_errors" else logging.WARNING
         name = origin.command.name if origin.command else ""
-        detail = str(getattr(error, "detail", "") or error)
+        detail = str(getattr(error, "detail", "") or f"{error.code} {error.reason}")
         _note(level, "%a from %s: %s: %a", name, origin.peer, kind, detail)
         return error
 
@@ -1229,6 +1252,7 @@ class Interface:
 
         def finish(deferred: Deferred, outcome: Any) -> None:
             self._deadlines.discard(deferred)
+            origin.answered = True
             try:
                 if outcome is _DROPPED:
                     self.count("dropped_deferred")
@@ -1302,20 +1326,24 @@ class Interface:
                 raise outcome
             reply = format_reply(outcome, settings.indent)
             if len(reply) > settings.limit:
-                detail = f"{len(reply)} bytes, {settings.limit} allowed"
-                raise self._blame(_Fault("too_long_replies", detail=detail), origin)
+                raise self._too_long(len(reply), origin)
             return reply
         except CommandError as error:
-            return self._finish_error(error, settings)
+            return self._finish_error(error, origin)
         except Exception as error:  # a value whose str() raises, a tree without an end
-            return self._finish_error(self._blame(self._failure("reply", error), origin), settings)
+            return self._finish_error(self._blame(self._failure("reply", error), origin), origin)
 
-    @staticmethod
-    def _finish_error(error: CommandError, settings: Settings) -> bytes | None:
+    def _finish_error(self, error: CommandError, origin: Origin) -> bytes | None:
         """Write an error reply; None for a peer that gets none."""
+        settings = origin.settings
         if error is _DROPPED or (settings.silent and isinstance(error, _Fault) and error.kind == "forbidden"):
             return None
-        return format_reply(Reply(error.code, error.reason))
+        reply = format_reply(Reply(error.code, error.reason))
+        return reply if len(reply) <= settings.limit else self._finish_error(self._too_long(len(reply), origin), origin)
+
+    def _too_long(self, length: int, origin: Origin) -> CommandError:
+        detail = f"{length} bytes, {origin.settings.limit} allowed"
+        return self._blame(_Fault("too_long_replies", detail=detail), origin)
 
     # ---- the JSON-RPC 2.0 dialect
 
@@ -1387,8 +1415,7 @@ class Interface:
             return self._finish_json(call, self._blame(self._failure("reply", error), origin), origin)
         if len(text) <= settings.limit:
             return text
-        fault = _Fault("too_long_replies", detail=f"{len(text)} bytes, {settings.limit} allowed")
-        answer = {"jsonrpc": "2.0", "error": _json_error(self._blame(fault, origin)), "id": _json_id(call)}
+        answer = {"jsonrpc": "2.0", "error": _json_error(self._too_long(len(text), origin)), "id": _json_id(call)}
         text = _json_encoder(None)(answer)
         return text if len(text) <= settings.limit else _json_encoder(None)({**answer, "id": None})
 
@@ -1396,8 +1423,7 @@ class Interface:
         """Join the answers of a batch if they fit together."""
         text = "[" + ",".join(texts) + "]"
         if texts and len(text) > origin.settings.limit:
-            fault = _Fault("too_long_replies", detail=f"{len(text)} bytes, {origin.settings.limit} allowed")
-            text = self._finish_json(None, self._blame(fault, origin), origin) or ""
+            text = self._finish_json(None, self._too_long(len(text), origin), origin) or ""
         return text.encode() if texts else None
 
 
@@ -1619,7 +1645,7 @@ def allow_users(*users: str | int) -> Authorize:
     Names or numbers; a peer whose user the kernel does not tell is refused. Raises ParameterError
     for a user that does not exist.
     """
-    allowed = frozenset([_user(user, "allow_user") for user in users])
+    allowed = frozenset([_user("allow_user", user) for user in users])
 
     def authorize(peer: Peer, command: str) -> bool:
         return peer.uid is not None and peer.uid in allowed
@@ -1658,27 +1684,27 @@ def _mode(name: str, value: Any) -> int:
     return mode or 0o600
 
 
-def _user(value: Any, name: str) -> int:
+def _user(name: str, value: Any) -> int:
     """Check a user: a name or a number."""
-    if str(value).isdigit():
-        return _number(name, int(value), 0, 2**32 - 2)
     import pwd
 
-    try:
-        return pwd.getpwnam(str(value)).pw_uid
-    except (KeyError, ValueError):
-        raise _wrong(name, value, "the name or number of a user is allowed") from None
+    return _id(name, value, "user", lambda text: pwd.getpwnam(text).pw_uid)
 
 
-def _group(value: Any, name: str) -> int:
-    if str(value).isdigit():
-        return _number(name, int(value), 0, 2**32 - 2)
+def _group(name: str, value: Any) -> int:
     import grp
 
+    return _id(name, value, "group", lambda text: grp.getgrnam(text).gr_gid)
+
+
+def _id(name: str, value: Any, what: str, find: Callable[[str], int]) -> int:
+    text = str(value)
+    if text.isascii() and text.isdigit() and len(text) <= 10:
+        return _number(name, int(text), 0, 2**32 - 2)
     try:
-        return grp.getgrnam(str(value)).gr_gid
+        return find(text)
     except (KeyError, ValueError):
-        raise _wrong(name, value, "the name or number of a group is allowed") from None
+        raise _wrong(name, value, f"the name or number of a {what} is allowed") from None
 
 
 def _truth(name: str, value: Any) -> bool:
@@ -1699,8 +1725,8 @@ def _indent(name: str, value: Any) -> str:
 PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
     "children_count": (1, lambda name, value: _number(name, value, 1, 1024)),
     "unix_socket_mode": (0o660, _mode),
-    "unix_socket_user": (None, lambda name, value: None if value is None else _user(value, name)),
-    "unix_socket_group": (None, lambda name, value: None if value is None else _group(value, name)),
+    "unix_socket_user": (None, lambda name, value: None if value is None else _user(name, value)),
+    "unix_socket_group": (None, lambda name, value: None if value is None else _group(name, value)),
     "socket_timeout": (SOCKET_TIMEOUT, lambda name, value: _number(name, value, 0, 2**31 - 1)),
     "reply_indent": ("\t", _indent),
     "socket_buf_size": (SOCKET_BUF_SIZE, lambda name, value: _number(name, value, 64, UNIX_PAYLOAD)),
@@ -1722,15 +1748,19 @@ def parse_socket_name(name: str) -> str | tuple[str, int]:
     if not isinstance(name, str):
         raise _wrong("socket_name", name, "a text is allowed")
     if name[:4].lower() == "udp:":
-        host, separator, port = name[4:].rpartition(":")
+        host, _, port = name[4:].rpartition(":")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
-        if not (host and port.isascii() and port.isdigit() and int(port) <= 65535):
+        if not (host and port.isascii() and port.isdigit() and len(port) < 6 and int(port) <= 65535):
             raise _wrong("socket_name", name, "udp:HOST:PORT is allowed, with a port from 0 to 65535")
         return host, int(port)
-    if not name.startswith(("/", "./")) or "\0" in name or name.endswith("/"):
+    try:
+        path = os.fsencode(name)
+    except UnicodeEncodeError:
+        path = b""
+    if not path.startswith((b"/", b"./")) or b"\0" in path or path.endswith(b"/"):
         raise _wrong("socket_name", name, "/path, ./path or udp:HOST:PORT is allowed")
-    if len(os.fsencode(name)) > UNIX_PATH:
+    if len(path) > UNIX_PATH:
         raise _wrong("socket_name", name, f"a path of at most {UNIX_PATH} bytes is allowed")
     return name
 
@@ -1755,6 +1785,7 @@ class Handler(socketserver.BaseRequestHandler, Origin):
         self.settings = server.settings
         reply = server.interface.respond(self.request[0], self)
         if reply is not None:
+            self.answered = True
             server.send(reply, self.client_address)
 
     def send(self, reply: bytes) -> None:
@@ -1777,6 +1808,7 @@ MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 SO_PASSCRED = getattr(socket, "SO_PASSCRED", 0)
 SO_SNDBUFFORCE = 32  # Linux: beyond net.core.wmem_max, for root
 CREDENTIALS = socket.CMSG_LEN(struct.calcsize("3i")) if SO_PASSCRED else 0  # no room for foreign descriptors
+
 
 def _timeval(seconds: float) -> bytes:
     """Give a struct timeval for SO_SNDTIMEO and SO_RCVTIMEO; to them 0 means forever."""
@@ -1836,6 +1868,8 @@ class _Serving(socketserver.BaseServer):
         is created then.
         """
         self.parameters = values = check_parameters(parameters)
+        if values["children_count"] > 1:
+            raise _wrong("children_count", values["children_count"], "only python -m mi_datagram has children")
         self.interface = interface
         self.settings = Settings(values, authorize, silent=isinstance(self, UDPServer))
         self.current: Handler | None = None
@@ -1856,7 +1890,7 @@ class _Serving(socketserver.BaseServer):
         self._spares = 0
         self._waiting: set[Any] = set()  # the clients that a reply waits for
         self._owners: dict[Any, Any] = {}  # worker or Deferred -> the request that it still works on
-        self._held: dict[Any, tuple[float, int]] = {}  # such a request -> since when, and its owners
+        self._held: dict[Any, tuple[Handler, float]] = {}  # such a request -> its handler, and since when
         self._wake: tuple[int, int] | None = None
         self.remove_file: Callable[[], object] = lambda: None  # if there is one and it is still ours
         if not (MSG_DONTWAIT and hasattr(select, "poll")):
@@ -1888,7 +1922,12 @@ class _Serving(socketserver.BaseServer):
         """Serve in the background; return once serving."""
         self._begin()
         self._watcher = threading.Thread(target=self._serve, args=(0.5,), name="mi_datagram", daemon=True)
-        self._watcher.start()
+        try:
+            self._watcher.start()
+        except RuntimeError:
+            self._ask_to_end()
+            self._drain()
+            raise
         return self
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -1896,6 +1935,8 @@ class _Serving(socketserver.BaseServer):
 
         A subclass's service_actions is called every POLL_INTERVAL seconds.
         """
+        if self._pid != os.getpid():
+            self._begin()  # which refuses
         with self._change:
             if self._state in ("serving", "stopping") or self._close_at_end:
                 self._change.wait_for(lambda: self._state in ("idle", "closed"))
@@ -1905,9 +1946,9 @@ class _Serving(socketserver.BaseServer):
         self._serve(poll_interval)
 
     def _begin(self) -> None:
+        if self._pid != os.getpid():  # before the lock, which a thread that was not forked may hold
+            raise Error(f"this server belongs to process {self._pid}: make one after the fork")
         with self._lock:
-            if self._pid != os.getpid():
-                raise Error(f"this server belongs to process {self._pid}: make one after the fork")
             if self._state != "idle":
                 raise Error(f"this server is {self._state}")
             self._wake = os.pipe()
@@ -1916,7 +1957,7 @@ class _Serving(socketserver.BaseServer):
             self._poll.register(self._wake[0], select.POLLIN)
             self._state = "serving"
             if not self._spawn(self._work):
-                self._state = "idle"
+                self._drain()
                 raise Error("no thread could be started")
 
     def _serve(self, poll_interval: float) -> None:
@@ -1953,21 +1994,23 @@ class _Serving(socketserver.BaseServer):
             self._change.notify_all()
 
     def shutdown(self) -> None:
-        """End serve_forever and wait for it; in a thread of this server, ask and return."""
+        """End serve_forever and wait for it; in a thread of this server or a signal handler, ask and return."""
+        if self._pid != os.getpid():
+            return
         self._ask_to_end()
         with self._change:
-            if threading.current_thread() is not self._watcher and threading.current_thread() not in self._workers:
+            thread = threading.current_thread()
+            if not (thread is self._watcher or thread in self._workers or _in_signal_handler()):
                 self._change.wait_for(lambda: self._state != "stopping")
 
     def stop(self) -> None:
         """Take no more requests, let running commands reply, remove the socket file and close.
 
-        From a command, or in the thread that serves (as from a signal handler), it asks and returns.
+        From a command, a signal handler, or in the thread that serves, it asks and returns.
         """
         self._close_at_end = True
-        if self._pid == os.getpid():
-            self.shutdown()
-        if self._state in ("idle", "closed"):
+        self.shutdown()
+        if self._pid != os.getpid() or self._state in ("idle", "closed"):
             self.server_close()
 
     def server_close(self) -> None:
@@ -2132,18 +2175,15 @@ class _Serving(socketserver.BaseServer):
         key = (handler.request[0], handler.client_address)
         with self._lock:
             self._owners[owner] = key
-            since, owners = self._held.get(key, (since, 0))
-            self._held[key] = (since, owners + 1)
+            self._held[key] = (handler, since)
 
     def release(self, owner: Any) -> None:
         """Forget it again."""
         with self._lock:
             key = self._owners.pop(owner, None)
-            if key is not None:
-                since, owners = self._held.pop(key)
-                if owners > 1:
-                    self._held[key] = (since, owners - 1)
-                self._change.notify_all()
+            if key is not None and key not in self._owners.values():
+                self._held.pop(key, None)
+            self._change.notify_all()
 
     # ---- one datagram
 
@@ -2213,6 +2253,17 @@ class _Serving(socketserver.BaseServer):
         _note(logging.WARNING, "reply to %a dropped: %s%s", address, error, hint and f" ({hint})")
 
 
+def _in_signal_handler() -> bool:
+    """Whether this thread runs a signal handler, which must not wait for what it interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    codes = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame is not None
+
+
 _S = typing.TypeVar("_S", bound=_Serving)
 
 
@@ -2236,8 +2287,14 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
         try:
             self.socket.bind(self.server_address)
         except OSError as error:
-            raise SocketError(f"{_udp_name(self.server_address)}: {error.strerror}") from None
+            raise SocketError(f"socket_name {_udp_name(self.server_address)!a}: {error.strerror}") from None
         self.server_address = self.socket.getsockname()
+
+    def _prepare(self, sock: Socket) -> None:
+        super()._prepare(sock)
+        host = self.server_address[0]
+        if self.settings.authorize is None and not (host == "::1" or host.startswith("127.")):  # type: ignore[arg-type]
+            _note(logging.WARNING, "%s is open to everybody who reaches it: there is no authorize", self.socket_name)
 
     @property
     def socket_name(self) -> str:
@@ -2256,10 +2313,13 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
             self.finish_request(request, client_address)
 
     def _is_repeated(self, key: Any) -> bool:
-        """Whether the same datagram of the same peer has been at work for a TICK: one client sends up to three."""
+        """Whether the same datagram of the same peer has been at work for a TICK: one client sends up to three.
+
+        A client that has its reply may ask the same again, so what is answered does not count.
+        """
         with self._lock:
-            held = self._held.get(key)
-        return held is not None and time.monotonic() - held[0] >= TICK
+            handler, since = self._held.get(key, (None, 0.0))
+        return handler is not None and not handler.answered and time.monotonic() - since >= TICK
 
 
 def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
@@ -2309,7 +2369,7 @@ class UnixServer(_Serving, _UnixBase):
             try:
                 self.socket.bind(path)
             except OSError as error:
-                raise SocketError(f"{path}: {error.strerror}") from None
+                raise SocketError(f"socket_name {path!a}: {error.strerror}") from None
         status = os.lstat(path)
         self._file = (path, (status.st_dev, status.st_ino))
         self.remove_file = weakref.finalize(self, _remove_file, *self._file, os.getpid())
@@ -2320,7 +2380,7 @@ class UnixServer(_Serving, _UnixBase):
                 os.chown(path, user, group, follow_symlinks=False)
             os.chmod(path, values["unix_socket_mode"])
         except OSError as error:
-            raise SocketError(f"{path}: owner or mode cannot be set: {error.strerror}") from None
+            raise SocketError(f"socket_name {path!a}: owner or mode cannot be set: {error.strerror}") from None
 
     def _prepare(self, sock: Socket) -> None:
         super()._prepare(sock)
@@ -2617,6 +2677,7 @@ class _Children:
         signal.signal(signal.SIGALRM, lambda *_: self.kill(signal.SIGKILL))
         for index in range(self.count):
             self.fork(index)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         _tell_systemd("READY=1")
         status = 0
         while any(self.pids()):
@@ -2635,16 +2696,16 @@ class _Children:
 
     def fork(self, index: int) -> None:
         """Start the child INDEX; no signal gets in between its start and the note of its PID."""
-        signals = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if not self.ending:
             self.facts[2 + 2 * index] = 0
             pid = os.fork()
             self.facts[1 + 2 * index] = pid or os.getpid()
             if not pid:
-                self.child(index, signals)
+                self.child(index)
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
-    def child(self, index: int, signals: Any) -> typing.NoReturn:
+    def child(self, index: int) -> typing.NoReturn:
         """Serve until the parent says so or is gone."""
         status = 1
         try:
@@ -2658,8 +2719,9 @@ class _Children:
             self.server.interface.use_counters(lambda: _SharedCounter(self.rows, index, next(cells)))
             self.server.adopt()
             threading.Thread(target=self.watch_parent, name="mi_datagram lifeline", daemon=True).start()
+            self.server.start()
             self.facts[2 + 2 * index] = 1
-            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self.server.serve_forever()
             status = 0
         except BaseException as error:
@@ -2873,7 +2935,7 @@ class _Shell:
             try:
                 if words and words[0] != "help":
                     lists = self.client.call_json("which", words[0])
-                    found = [f"{name}::" for name in dict.fromkeys(sum(lists, []))]
+                    found = [f"{name}::" for name in dict.fromkeys([one for names in lists for one in names])]
                 else:
                     found = [f"{name} " for name in self.client.call_json("which")]
             except Error:
@@ -2885,6 +2947,7 @@ class _Shell:
 # ------------------------------------------------------------- command line ----
 
 DEFAULT_SOCKET = "./mi_datagram.sock"
+SIGNALS = [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)]
 
 USAGE = """\
 serve:  python -m mi_datagram [--socket_name NAME] [--load MODULE_OR_FILE[:NAME]]... [PARAMETER]... [-v] [--config FILE]
@@ -2902,11 +2965,27 @@ def _client_parser(command: str) -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(f"mi_datagram {command}", usage=USAGE, allow_abbrev=False)
     add = parser.add_argument
-    add("-s", "--socket_name", "--socket-name", default=DEFAULT_SOCKET, metavar="NAME", help="/path, ./path or udp:HOST:PORT")
-    add("--timeout", default=SOCKET_TIMEOUT, metavar="MS", help=f"how long to wait for a reply (default {SOCKET_TIMEOUT})")
+    add(
+        "-s",
+        "--socket_name",
+        "--socket-name",
+        default=DEFAULT_SOCKET,
+        metavar="NAME",
+        help="/path, ./path or udp:HOST:PORT",
+    )
+    add(
+        "--timeout",
+        default=SOCKET_TIMEOUT,
+        metavar="MS",
+        help=f"how long to wait for a reply (default {SOCKET_TIMEOUT})",
+    )
     add("--reply_dir", "--reply-dir", metavar="DIR", help="where to make the socket that replies come to")
     if command == "call":
-        add("--json", action="store_true", help="ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such")
+        add(
+            "--json",
+            action="store_true",
+            help="ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such",
+        )
         add("command", metavar="COMMAND")
         add("arguments", nargs=argparse.REMAINDER, metavar="VALUE | NAME::VALUE | ::VALUE")
     return parser
@@ -2928,7 +3007,13 @@ def _server_parser() -> argparse.ArgumentParser:
         parser.add_argument(*options, dest=name, **keywords)
 
     add("socket_name", "-s", action=Setting, metavar="NAME", help="/path, ./path or udp:HOST:PORT; the last one wins")
-    add("load", action="append", default=[], metavar="MODULE_OR_FILE[:NAME]", help="serve its Interface called mi, or NAME")
+    add(
+        "load",
+        action="append",
+        default=[],
+        metavar="MODULE_OR_FILE[:NAME]",
+        help="serve its Interface called mi, or NAME",
+    )
     add("config", action=Setting, metavar="FILE", help='read the modparam("mi_datagram", ...) lines of a file')
     add("allow_network", action="append", default=[], metavar="NETWORK", help="the UDP peers to let in")
     add("allow_user", action="append", default=[], metavar="USER", help="whom to let in on a UNIX socket")
@@ -2975,14 +3060,15 @@ def _load(what: str) -> Interface:
         return interface
     if type(interface).__name__ == "Interface":
         other = sys.modules[type(interface).__module__].__file__
-        raise ParameterError(f"load {what!a}: its Interface is of another copy of this file, {other}, not of {__file__}")
+        raise ParameterError(
+            f"load {what!a}: its Interface is of another copy of this file, {other}, not of {__file__}"
+        )
     raise ParameterError(f"load {what!a}: it has no Interface called {name}")
 
 
-def _allowed(networks: list[str], users: list[str], socket_name: str) -> Authorize | None:
+def _allowed(networks: list[str], users: list[str], address: str | tuple[str, int]) -> Authorize | None:
     """Give the `authorize` of the two options, each for its own kind of socket."""
-    is_udp = socket_name[:4].lower() == "udp:"
-    if networks and not is_udp or users and is_udp:
+    if users if isinstance(address, tuple) else networks:
         raise ParameterError("allow_network is for UDP, allow_user for a UNIX socket")
     return allow_networks(*networks) if networks else allow_users(*users) if users else None
 
@@ -2990,26 +3076,29 @@ def _allowed(networks: list[str], users: list[str], socket_name: str) -> Authori
 def _make_server(options: Any) -> UnixServer | UDPServer:
     parameters = _collect(options.settings)
     listening = _passed_socket()
+    is_default = listening is None and "socket_name" not in parameters
     if listening is not None:
         address = listening.getsockname()
         parameters["socket_name"] = address if listening.family == socket.AF_UNIX else _udp_name(address)
-    elif "socket_name" not in parameters:
-        _say(f"no socket_name given, using {DEFAULT_SOCKET}")
-        parameters["socket_name"] = DEFAULT_SOCKET
-    name = parameters.pop("socket_name")
-    check_parameters(parameters)
+    name = parameters.pop("socket_name", DEFAULT_SOCKET)
+    options.children_count = check_parameters(parameters)["children_count"]
+    parameters.pop("children_count", None)
     interfaces = [_load(what) for what in options.load] or [Interface(core=())]
     for other in interfaces[1:]:
         interfaces[0].include(other)
     interfaces[0].add_core(CORE)
-    authorize = _allowed(options.allow_network, options.allow_user, name)
-    return interfaces[0].server(name, authorize=authorize, listening=listening, **parameters)
+    authorize = _allowed(options.allow_network, options.allow_user, parse_socket_name(name))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is somebody to see to them, and to the file
+    server = interfaces[0].server(name, authorize=authorize, listening=listening, **parameters)
+    if is_default:
+        _say(f"no socket_name given, using {DEFAULT_SOCKET}")
+    return server
 
 
-def _serve(server: UnixServer | UDPServer) -> int:
+def _serve(server: UnixServer | UDPServer, children_count: int) -> int:
     """Serve until SIGTERM, Ctrl-C or `kill`; asked a second time, end at once."""
-    if server.parameters["children_count"] > 1:
-        return _Children(server, server.parameters["children_count"]).run()
+    if children_count > 1:
+        return _Children(server, children_count).run()
 
     def end(*_: object) -> None:
         if server.is_stopping():
@@ -3021,6 +3110,7 @@ def _serve(server: UnixServer | UDPServer) -> int:
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGHUP, lambda *_: None)  # there is nothing to read again
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     _tell_systemd("READY=1")
     server.serve_forever()
     return 0
@@ -3042,7 +3132,7 @@ def main(arguments: list[str] | None = None) -> int:
         audit.setLevel(logging.INFO)
         server = _make_server(options)
         _say(f"listening on {server.socket_name}")
-        return _serve(server)
+        return _serve(server, options.children_count)
     except Error as error:
         _say(str(error))
         return 2
