@@ -49,6 +49,7 @@ import struct
 import sys
 import threading
 import time
+import types
 import typing
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -806,7 +807,9 @@ def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, boo
             annotation = typing.get_type_hints(holder, names, names)["parameter"]
         except Exception:
             return None  # a name known to type checkers alone
-    kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+    kinds = [annotation]
+    if typing.get_origin(annotation) in (typing.Union, getattr(types, "UnionType", typing.Union)):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
     if len(kinds) != 1 or kinds[0] not in (int, float, bool, str):
         return None
     return kinds[0], annotation is not kinds[0]
@@ -1072,20 +1075,22 @@ class Interface:
         """Make a command of an `async def` function: it runs on the loop and answers when it is done."""
         import asyncio
 
+        async def run(request: Request, /, *values: Any, **named: Any) -> Any:
+            try:
+                return await function(*values, **named)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # SystemExit included: it would end the program's loop
+                return self._failure(request.command, error)
+
         def start(request: Request, /, *values: Any, **named: Any) -> Deferred:
             deferred = request.defer()
             if pass_request:
                 values = (request, *values)
-            future = asyncio.run_coroutine_threadsafe(function(*values, **named), self.loop)
-
-            def done(_: object) -> None:
-                if future.cancelled():
-                    deferred.drop()
-                else:
-                    error = future.exception()
-                    deferred.reply(future.result() if error is None else self._failure(request.command, error))
-
-            future.add_done_callback(done)
+            future = asyncio.run_coroutine_threadsafe(run(request, *values, **named), self.loop)
+            future.add_done_callback(
+                lambda _: deferred.drop() if future.cancelled() else deferred.reply(future.result())
+            )
             return deferred
 
         return start
@@ -1338,7 +1343,10 @@ class Interface:
         settings = origin.settings
         if error is _DROPPED or (settings.silent and isinstance(error, _Fault) and error.kind == "forbidden"):
             return None
-        reply = format_reply(Reply(error.code, error.reason))
+        try:
+            reply = format_reply(Reply(error.code, error.reason))
+        except Exception as failure:  # a reason that has no bytes
+            return self._finish_error(self._blame(self._failure("reply", failure), origin), origin)
         return reply if len(reply) <= settings.limit else self._finish_error(self._too_long(len(reply), origin), origin)
 
     def _too_long(self, length: int, origin: Origin) -> CommandError:
@@ -2037,9 +2045,6 @@ class _Serving(socketserver.BaseServer):
     def drain_time(self) -> float:
         """How long stopping waits for what runs, in s."""
         return max(self._timeout, SOCKET_TIMEOUT / 1000)
-
-    def is_stopping(self) -> bool:
-        return self._state == "stopping"
 
     def adopt(self) -> None:
         """Serve in this process, forked from the one that made the server; its file stays that one's."""
@@ -3100,10 +3105,13 @@ def _serve(server: UnixServer | UDPServer, children_count: int) -> int:
     if children_count > 1:
         return _Children(server, children_count).run()
 
-    def end(*_: object) -> None:
-        if server.is_stopping():
+    asked: list[object] = []
+
+    def end(*signal_and_frame: object) -> None:
+        if asked:
             server.remove_file()
             os._exit(1)
+        asked.append(signal_and_frame)
         _tell_systemd("STOPPING=1")
         server.stop()
 

@@ -2643,7 +2643,7 @@ def test_no_descriptor_for_a_reply(folder):
 def test_no_thread_to_hand_over_to(name, monkeypatch):
     """Where no thread can be started a slow command keeps the only one; that is counted, and the next is served."""
     mi = interface()
-    _runs, go = blocking(mi)
+    runs, go = blocking(mi)
     with serving(mi, name) as server, client_socket(server) as sock:
         def start(self):
             raise RuntimeError("can't start new thread")
@@ -3681,7 +3681,8 @@ for text, line in ("cache", "mi cache"), ("", "mi cache_flush "), ("li", "mi cac
 """
 NODE = """const [port, ...words] = process.argv.slice(1);
 const client = require("opensips-mi").create("datagram", {port: Number(port), maxRetries: 50});
-client.command(...words).then(reply => console.log([reply.code, ...reply.body].join()), error => console.log(error.message));
+const command = client.command(...words);
+command.then(reply => console.log([reply.code, ...reply.body].join()), error => console.log(error.message));
 """
 
 
@@ -3691,7 +3692,8 @@ def opensips_settings(request, folder):
     udp = ["--socket_name", "udp:127.0.0.1:0"] if request.param == "udp" else []
     with ops_process(folder, *udp) as server:
         port = server.log[-1].rpartition(":")[2].strip()
-        yield {"datagram_ip": "127.0.0.1", "datagram_port": port} if udp else {"datagram_unix_socket": str(folder / "s")}
+        by_port = {"datagram_ip": "127.0.0.1", "datagram_port": port}
+        yield by_port if udp else {"datagram_unix_socket": str(folder / "s")}
 
 
 @pytest.fixture
@@ -3728,7 +3730,8 @@ def test_opensips(opensips_settings):
     from opensips.mi import OpenSIPSMI, OpenSIPSMIException
 
     client = OpenSIPSMI("datagram", **opensips_settings)
-    assert [client.execute(command, params) for command, params, _ in OPENSIPS_CALLS] == [call[2] for call in OPENSIPS_CALLS]
+    for command, params, result in OPENSIPS_CALLS:
+        assert client.execute(command, params) == result
     for command, params, error in OPENSIPS_ERRORS:
         with pytest.raises(OpenSIPSMIException, match=re.escape(f"Error executing command: {error}")):
             client.execute(command, params)
