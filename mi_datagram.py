@@ -31,6 +31,7 @@ or run `python -m mi_datagram --help`. Only the standard library is needed.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import errno
@@ -1998,17 +1999,18 @@ class _Serving(socketserver.BaseServer):
             self._wake = self._watcher = None
             self._state = "idle"
             if self._close_at_end:
-                self.server_close()
+                self._close()
             self._change.notify_all()
 
     def shutdown(self) -> None:
-        """End serve_forever and wait for it; in a thread of this server or a signal handler, ask and return."""
+        """End serve_forever and wait for it; in a thread of this server, ask and return."""
         if self._pid != os.getpid():
             return
         self._ask_to_end()
+        me = get_ident()
         with self._change:
-            thread = threading.current_thread()
-            if not (thread is self._watcher or thread in self._workers or _in_signal_handler()):
+            threads = [self._watcher, *self._workers]
+            if me not in [thread.ident for thread in threads if thread is not None]:
                 self._change.wait_for(lambda: self._state != "stopping")
 
     def stop(self) -> None:
@@ -2016,24 +2018,26 @@ class _Serving(socketserver.BaseServer):
 
         From a command, a signal handler, or in the thread that serves, it asks and returns.
         """
-        self._close_at_end = True
-        self.shutdown()
-        if self._pid != os.getpid() or self._state in ("idle", "closed"):
-            self.server_close()
-
-    def server_close(self) -> None:
-        """Remove the socket file if it is still ours, and close; stop() if it is serving."""
         if self._pid != os.getpid():
             self.socket.close()  # inherited through a fork: file and threads are the parent's
-            return
-        with self._lock:
-            if self._state == "idle":
-                self._state = "closed"
-                self.remove_file()  # first: while the socket lives no other file has its inode
-                self.socket.close()
-                return
-        if self._state != "closed":
-            self.stop()
+        elif _in_signal_handler():
+            # What it interrupted may hold any lock, those of threading included; another thread can wait.
+            _thread.start_new_thread(self.stop, ())
+        else:
+            with self._lock:
+                self._close_at_end = True
+                if self._state == "idle":
+                    self._close()
+            self.shutdown()
+
+    def server_close(self) -> None:
+        """Remove the socket file if it is still ours, and close; the same as stop()."""
+        self.stop()
+
+    def _close(self) -> None:
+        self._state = "closed"
+        self.remove_file()  # first: while the socket lives no other file has its inode
+        self.socket.close()
 
     def __enter__(self: _S) -> _S:
         return self.start()
@@ -2260,7 +2264,7 @@ class _Serving(socketserver.BaseServer):
 
 def _in_signal_handler() -> bool:
     """Whether this thread runs a signal handler, which must not wait for what it interrupted."""
-    if threading.current_thread() is not threading.main_thread():
+    if get_ident() != threading.main_thread().ident:
         return False
     codes = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
     frame: Any = sys._getframe()
