@@ -50,6 +50,7 @@ import socket
 import stat
 import struct
 import tempfile
+import textwrap
 import termios
 import threading
 import time
@@ -3776,6 +3777,45 @@ def test_opensips_mi(folder, node_modules):
             (folder / "held").unlink()
             assert patient.communicate(timeout=60)[0] == "200,released\n"
         assert not (folder / "held").exists()
+
+
+# ------------------------------------------------------------------- README ----
+
+
+def readme(kind):
+    """List the blocks of KIND in the README, as somebody would copy them."""
+    blocks = re.findall(r"\.\. code-block:: %s\n\n((?:    .*\n|\n)+)" % kind, (HERE / "README.rst").read_text())
+    return [textwrap.dedent(block) for block in blocks]
+
+
+@pytest.mark.parametrize("code", readme("python"))
+def test_programs_of_the_readme(folder, code):
+    """Each program in the README runs as it stands, and prints what the comment behind its print() says."""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True,
+                          timeout=60, env={**os.environ, "PYTHONPATH": str(HERE)}, check=False)
+    said = [line.partition("# ")[2].replace("; then ", "\n") for line in code.splitlines() if "print(" in line]
+    assert (done.stdout.splitlines(), done.stderr) == ("\n".join(said).splitlines(), "") and not os.listdir(folder)
+
+
+def test_two_terminals_of_the_readme(folder):
+    """The two terminals in the README show what comes, but for the time and the folder."""
+
+    def shape(text):
+        text = re.sub(r"\w{3} \w{3} [ \d]\d [\d:]{8} \d{4}", "TIME", text)
+        return re.sub(r"\d+ \[sec\]", "N [sec]", re.sub(r"/\S*/mi_datagram.sock", "/PATH/mi_datagram.sock", text))
+
+    (first, *shown), (second, *answer) = [block.strip().splitlines() for block in readme("console")]
+    assert (first, second) == ("$ python -m mi_datagram", "$ python -m mi_datagram call uptime")
+    with process(cwd=folder) as server:
+        assert shape("".join(server.log)).splitlines() == shape("\n".join(shown)).splitlines()
+        assert shape(run("call", "uptime", cwd=folder).stdout) == shape("\n".join(answer) + "\n")
+
+
+def test_parameters_of_the_readme():
+    """The README's tables name every parameter, statistic and core command."""
+    text = (HERE / "README.rst").read_text()
+    for word in [*mi_datagram.PARAMETERS, *mi_datagram.COUNTERS[2:], *mi_datagram.CORE]:
+        assert f"``{word}``" in text, word
 
 
 # -------------------------------------------------------------------- bench ----
