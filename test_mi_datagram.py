@@ -50,8 +50,8 @@ import socket
 import stat
 import struct
 import tempfile
-import textwrap
 import termios
+import textwrap
 import threading
 import time
 import typing
@@ -3784,7 +3784,7 @@ def test_opensips_mi(folder, node_modules):
 
 def readme(kind):
     """List the blocks of KIND in the README, as somebody would copy them."""
-    blocks = re.findall(r"\.\. code-block:: %s\n\n((?:    .*\n|\n)+)" % kind, (HERE / "README.rst").read_text())
+    blocks = re.findall(rf"\.\. code-block:: {kind}\n\n((?:    .*\n|\n)+)", (HERE / "README.rst").read_text())
     return [textwrap.dedent(block) for block in blocks]
 
 
