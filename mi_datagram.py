@@ -2628,6 +2628,50 @@ class Client:
 #                                                                             #
 ###############################################################################
 
+# ------------------------------------------------------------------ signals ----
+
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, name)
+]
+
+
+class _Signals:
+    """The signals of this process, as bytes out of a pipe: one that comes just before the wait is not missed."""
+
+    def __init__(self) -> None:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+
+    def wait(self) -> int:
+        """Give the number of the next signal, or 0 at the end of what wake_after() was given."""
+        return os.read(self._reading, 1)[0]
+
+    def wake_after(self, work: Callable[[], object]) -> None:
+        work()
+        os.write(self._writing, b"\0")
+
+
+def _serve_until_told(server: UnixServer | UDPServer, signals: _Signals, on_hangup: Callable[[], object]) -> None:
+    """Serve until SIGTERM or SIGINT; asked a second time, end at once."""
+    asked = False
+    while True:
+        number = signals.wait()
+        if number == 0:
+            return
+        if number in (signal.SIGTERM, signal.SIGINT):
+            if asked:
+                server.remove_file()
+                os._exit(1)
+            asked = True
+            _tell_systemd("STOPPING=1")
+            threading.Thread(target=lambda: signals.wake_after(server.stop), daemon=True).start()
+        elif number == getattr(signal, "SIGHUP", None):
+            on_hangup()
+
+
 # ----------------------------------------------------------------- children ----
 
 
@@ -2664,6 +2708,7 @@ class _Children:
         self.count = count
         self.parent = os.getpid()
         self.ending = False
+        self.status = 0
         width = max(len(COUNTERS) + len(FAULTS), 1 + 2 * count)
         cells = memoryview(mmap.mmap(-1, 8 * width * (count + 2))).cast("q")
         *self.rows, self.facts = [cells[i * width : (i + 1) * width] for i in range(count + 2)]
@@ -2678,51 +2723,57 @@ class _Children:
     def processes(self) -> list[tuple[int, str]]:
         return [(self.parent, "attendant"), *[(pid, f"MI datagram child={i}") for i, pid in enumerate(self.pids())]]
 
-    def run(self) -> int:
+    def run(self, signals: _Signals) -> int:
         """Fork the children, replace those that die, end with them; give the exit status."""
-        signal.signal(signal.SIGTERM, self.end)
-        signal.signal(signal.SIGINT, self.end)
-        signal.signal(signal.SIGHUP, lambda *_: self.kill(signal.SIGHUP))
-        signal.signal(signal.SIGALRM, lambda *_: self.kill(signal.SIGKILL))
         for index in range(self.count):
             self.fork(index)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         _tell_systemd("READY=1")
-        status = 0
         while any(self.pids()):
-            pid, how = os.waitpid(-1, 0)
-            index = self.pids().index(pid)
+            number = signals.wait()
+            if number == signal.SIGCHLD:
+                self.reap()
+            elif number == signal.SIGHUP:
+                self.kill(signal.SIGHUP)
+            elif number == signal.SIGALRM:
+                self.kill(signal.SIGKILL)
+            else:
+                self.end()
+        self.server.stop()
+        return self.status
+
+    def reap(self) -> None:
+        """Look which children died, and see to another in the place of each."""
+        for index, pid in enumerate(self.pids()):
+            ended, how = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
+            if not ended:
+                continue
             served, self.facts[1 + 2 * index] = self.facts[2 + 2 * index], 0
             if not (served or self.ending):
                 _say(f"child {index} ended before it could serve (wait status {how})")
-                status = 1
+                self.status = 1
                 self.end()
             elif not self.ending:
                 log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
                 self.fork(index)
-        self.server.stop()
-        return status
 
     def fork(self, index: int) -> None:
-        """Start the child INDEX; no signal gets in between its start and the note of its PID."""
-        signals = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        if not self.ending:
-            self.facts[2 + 2 * index] = 0
-            pid = os.fork()
-            self.facts[1 + 2 * index] = pid or os.getpid()
-            if not pid:
-                self.child(index)
-        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        """Start the child INDEX; no signal gets to it before it has a pipe of its own."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self.facts[2 + 2 * index] = 0
+        pid = os.fork()
+        self.facts[1 + 2 * index] = pid or os.getpid()
+        if not pid:
+            self.child(index)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def child(self, index: int) -> typing.NoReturn:
         """Serve until the parent says so or is gone."""
         status = 1
         try:
+            os.environ.pop("NOTIFY_SOCKET", None)  # the parent tells
             os.close(self.lifeline[1])
-            signal.signal(signal.SIGTERM, lambda *_: self.server.stop())
+            signals = _Signals()
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent passes it on
-            signal.signal(signal.SIGHUP, self.take_level)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             self.take_level()
             cells = iter(range(len(self.rows[0])))
             self.server.interface.use_counters(lambda: _SharedCounter(self.rows, index, next(cells)))
@@ -2731,7 +2782,7 @@ class _Children:
             self.server.start()
             self.facts[2 + 2 * index] = 1
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            self.server.serve_forever()
+            _serve_until_told(self.server, signals, self.take_level)
             status = 0
         except BaseException as error:
             _note(logging.ERROR, "child %d failed", index, error=error)
@@ -2753,7 +2804,7 @@ class _Children:
             if pid:
                 os.kill(pid, number)
 
-    def end(self, *_: object) -> None:
+    def end(self) -> None:
         """Have the children end: in their time at first, at once if asked again."""
         if self.ending:
             self.kill(signal.SIGKILL)
@@ -2768,7 +2819,7 @@ class _Children:
         self.facts[0] = level
         os.kill(self.parent, signal.SIGHUP)
 
-    def take_level(self, *_: object) -> None:
+    def take_level(self) -> None:
         if self.facts[0] != NO_LEVEL:
             self.server.interface.logger.setLevel(DEBUG_LEVELS[self.facts[0]])
 
@@ -2956,7 +3007,6 @@ class _Shell:
 # ------------------------------------------------------------- command line ----
 
 DEFAULT_SOCKET = "./mi_datagram.sock"
-SIGNALS = [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)]
 
 USAGE = """\
 serve:  python -m mi_datagram [--socket_name NAME] [--load MODULE_OR_FILE[:NAME]]... [PARAMETER]... [-v] [--config FILE]
@@ -3097,34 +3147,24 @@ def _make_server(options: Any) -> UnixServer | UDPServer:
         interfaces[0].include(other)
     interfaces[0].add_core(CORE)
     authorize = _allowed(options.allow_network, options.allow_user, parse_socket_name(name))
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is somebody to see to them, and to the file
-    server = interfaces[0].server(name, authorize=authorize, listening=listening, **parameters)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is somebody to remove the file
+    try:
+        server = interfaces[0].server(name, authorize=authorize, listening=listening, **parameters)
+        options.signals = _Signals()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if is_default:
         _say(f"no socket_name given, using {DEFAULT_SOCKET}")
     return server
 
 
-def _serve(server: UnixServer | UDPServer, children_count: int) -> int:
-    """Serve until SIGTERM, Ctrl-C or `kill`; asked a second time, end at once."""
+def _serve(server: UnixServer | UDPServer, signals: _Signals, children_count: int) -> int:
+    """Serve until SIGTERM, Ctrl-C or `kill`; give the exit status."""
     if children_count > 1:
-        return _Children(server, children_count).run()
-
-    asked: list[object] = []
-
-    def end(*signal_and_frame: object) -> None:
-        if asked:
-            server.remove_file()
-            os._exit(1)
-        asked.append(signal_and_frame)
-        _tell_systemd("STOPPING=1")
-        server.stop()
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGHUP, lambda *_: None)  # there is nothing to read again
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return _Children(server, children_count).run(signals)
+    server.start()
     _tell_systemd("READY=1")
-    server.serve_forever()
+    _serve_until_told(server, signals, lambda: None)  # for SIGHUP, there is nothing to read again
     return 0
 
 
@@ -3144,7 +3184,7 @@ def main(arguments: list[str] | None = None) -> int:
         audit.setLevel(logging.INFO)
         server = _make_server(options)
         _say(f"listening on {server.socket_name}")
-        return _serve(server, options.children_count)
+        return _serve(server, options.signals, options.children_count)
     except Error as error:
         _say(str(error))
         return 2
