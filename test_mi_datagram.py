@@ -194,6 +194,8 @@ def process(*arguments, command=("-m", "mi_datagram"), **options):
         reader.join(DEADLINE)
         popen.stdout.close()
         popen.stderr.close()
+
+
 # Answers of the line dialect, most of them recorded from the original C module: name, request, reply.
 RAW = bytes(byte for byte in range(1, 256) if byte not in b'\n"')
 WHOLE = bytes(byte for byte in range(1, 256) if byte != ord('"'))
@@ -872,6 +874,7 @@ SPECIFICATION = [  # the examples in section 7 of the JSON-RPC 2.0 specification
 CALLS = [  # members of an object; the code of its error, 0 for a result; the id in the answer
     *[(b'"jsonrpc":"2.0","method":"nothing","id":' + ident, 0, ident)
       for ident in (b"1", b"0", b"-5", b"1.5", b"12345678901234567890123", b'"x"', b'""', b'"\\u00e9"', b"null")],
+    (b'"jsonrpc":"2.0","method":"nothing","result":1,"error":2,"id":1', 0, b"1"),
     (b'"jsonrpc":"2.0","method":"none","id":1.5', -32601, b"1.5"), (b'"method":"nothing","id":"x"', -32600, b'"x"'),
     (b'"jsonrpc":"1.0","method":"nothing","id":1', -32600, b"1"), (b'"jsonrpc":"2.0","id":1', -32600, b"1"),
     (b'"jsonrpc":"2.0","method":"nothing","params":"x","id":1', -32600, b"1"), (b'"a":1}{', -32700, b"null"),
@@ -899,6 +902,8 @@ TREES = [  # what a command returns, its reply below `200 OK`, its result in JSO
     (Node("P", None, {"ID": 0, "PID": 7}), "P::  ID=0 PID=7\n", {"P": {"ID": 0, "PID": 7}}),
     (Node("a", 1, {"k": 2}, [Node("b", 3)]), "a:: 1 k=2\n\tb:: 3\n",
      {"a": {"value": 1, "attributes": {"k": 2}, "children": [{"b": 3}]}}),
+    ({"a": Node(None, 1, {"k": 2})}, "a:: 1 k=2\n", {"a": {"value": 1, "attributes": {"k": 2}}}),
+    ({"a": Node("b", 1)}, "a:: \n\tb:: 1\n", {"a": {"b": 1}}),
     ([Node("a", 1), Node("a", 2)], "a:: 1\na:: 2\n", [{"a": 1}, {"a": 2}]), (Reply(nodes=["x"]), "x\n", ["x"]),
     (Reply(), "", "OK"), ({"a\nb": "c\r\nd"}, "a\\nb:: c\\r\\nd\n", {"a\nb": "c\r\nd"}),
     (Node(None, None, {"k\n": "\r"}), " k\\n=\\r\n", {"k\n": "\r"}),
@@ -924,13 +929,13 @@ BINDINGS = [  # signature, values by position, values by name, what the command 
 BAD = "refused"
 CONVERSIONS = [  # dialect, annotation, what is sent, what the command gets of it
     *[("line", *row) for row in [
-        ("int", "42", 42), ("int", "-7", -7), ("int", "x", BAD), ("int", "1.5", BAD), ("int", '""', BAD),
+        ("int", "42", 42), ("int", "-7", -7), ("int", "x", BAD), ("int", "1_0", BAD), ("int", '""', BAD),
         ("float", "2", 2.0), ("float", "1.5", 1.5), ("float", "x", BAD), ("str", "5", "5"), ("str", '""', ""),
         *[("bool", word, True) for word in ("true", "yes", "on", "1")], ("bool", "2", BAD),
         *[("bool", word, False) for word in ("false", "no", "off", "0")], ("bool", "x", BAD),
         *[(kind, "5", 5) for kind in ("Optional[int]", "typing.Union[int, None]", "int | None", "None|int")],
         *[(kind, "x", BAD) for kind in ("Optional[int]", "int | None", "Optional[bool]", "float | None")],
-        ("typing.List[int]", "5", "5"),  # MODULE BUG: is taken for Optional[int], here and in JSON
+        ("typing.List[int]", "5", "5"),
         *[(kind, "5", "5") for kind in ("list", "Unknown", "Optional[Unknown]", "Optional[str]", "int | str")],
     ]],
     *[("json", *row) for row in [
@@ -1202,7 +1207,7 @@ def test_limit_of_size(name, dialect, caplog):
         calls = ("size", "x" * most), ("size", "x" * (most + 1)), ("fill", room), ("fill", room + 1)
         replies = [ask(server, (request % call).encode()).decode() for call in calls]
     assert replies == [reply % "", too_long, reply % ("x" * room), too_much] and sizes == [most]
-    assert "65458" in caplog.text and "65457" in caplog.text
+    assert any("65458" in line and "65457" in line for line in caplog.text.splitlines())
 
 
 # ------------------------------------------------------------------- commands ----
@@ -1263,9 +1268,9 @@ def test_repeated_names_and_collected_values():
     """A name is for one value, under **kwargs the last wins; annotations of stars hold for each value."""
     mi, calls = taker("a='d', *b: int, **c: bool")
     assert mi.answer(b":take:\na::1\na::2\n") == b"400 Too few or too many arguments\n"
-    assert mi.answer(b":take:\nx::no\nx::yes\nv\n1\n2\n") == b"200 OK\n"
+    assert mi.answer(b":take:\nx::no\nx::yes\nv\n1\n2\n") == mi.answer(b":take:\na::v\nx::no\n") == b"200 OK\n"
     assert mi.answer(b":take:\nv\nx\n") == mi.answer(b":take:\nx::7\n") == b"400 Bad parameter\n"
-    assert calls == [{"a": "v", "b": (1, 2), "c": {"x": True}}]
+    assert calls == [{"a": "v", "b": (1, 2), "c": {"x": True}}, {"a": "v", "b": (), "c": {"x": False}}]
     mi, calls = taker("a: int, /, **c")
     mi.answer(b":take:\n5\na::x\n")
     assert calls == [{"a": 5, "c": {"a": "x"}}]
@@ -1329,9 +1334,10 @@ def test_what_cannot_be_written_is_a_failure():
     """NaN and objects in JSON, endless trees, values without a text: the command failed, and that is all peers hear."""
     mi, endless = interface(), []
     endless.append(endless)
-    results = {"nan": float("nan"), "bytes": b"x", "set": {1}, "endless": endless, "weird": [Weird()]}
+    results = {"nan": float("nan"), "bytes": b"\xff", "set": {1}, "endless": endless, "weird": [Weird()]}
     mi.command(lambda kind: results[kind], name="give")
     assert [rpc(mi, "give", [kind]) for kind in results] == [error(-32000, "Server error")] * 5
+    assert mi.answer(b":give:\nbytes\n") == b"200 OK\n\xff\n"
     assert mi.answer(b":give:\nendless\n") == mi.answer(b":give:\nweird\n") == b"500 command failed\n"
 
 
@@ -1352,7 +1358,7 @@ def test_errors_that_commands_answer_with():
     assert rpc(mi, "find", ["weird"]) == error(-32000, "Server error")
     assert mi.answer(b":find:\nreply\n") == mi.answer(b":find:\nraise\n") == b"404 Not\\r\\nFound\n"
     assert mi.answer(b":find:\nlong\n") == b"500 Internal server error\n"
-    assert mi.answer(b":find:\nbad\n") == b"500 command failed\n"  # MODULE BUG: answer() raises
+    assert mi.answer(b":find:\nbad\n") == b"500 command failed\n"
 
 
 # ----------------------------------------------------- deferred and async replies ----
@@ -1460,7 +1466,6 @@ def test_async_commands_run_on_the_loop(name, loop):
             ("0", [0], b"500 command failed\n", error(-32000, "Server error")),
             ("4\nrefuse", [4, "refuse"], b"404 Not Found\n", error(404, "Not Found")),
             ("x", ["x"], b"400 Bad parameter\n", error(-32602, "Invalid params", "request")),
-            # MODULE BUG: ends the loop, and nobody gets an answer
             ("4\nexit", [4, "exit"], b"500 command failed\n", error(-32000, "Server error")),
         ):
             assert ask(server, f":divide:\n{text}".encode()) == reply
@@ -1643,6 +1648,8 @@ def test_no_peer_forges_a_line_in_the_log(caplog):
     assert len(caplog.records) > 15
     lines = "\n".join([record.getMessage() for record in caplog.records]).split("\n")
     assert all(line.isprintable() and not line.startswith("FORGED") for line in lines)
+
+
 # --------------------------------------------------- servers: tables and helpers ----
 
 NO_DIGITS = "9" * 5000  # more than int() reads
@@ -2527,7 +2534,7 @@ def test_socket_timeout(folder, threads, timeout):
         for _ in range(QUEUE + 5):
             sock.sendto(b":nothing:\n", server.server_address)
         wait_until(lambda: counted(server) == QUEUE + 5)
-        assert count(server, "dropped_unread") == 4 and (timeout or len(threads()) == 2)
+        assert count(server, "dropped_unread") == 4
         assert [sock.recv(1000) for _ in range(QUEUE + 1)] == [b"200 OK\n"] * (QUEUE + 1) and is_empty(sock)
 
 
@@ -2746,6 +2753,7 @@ def test_client_speaks_both_dialects(name, value):
         assert client.call_json("show", text=value) == {"number": 0, "text": value}
         assert client.call_json("show", [1.5, None, value]) == {"number": [1.5, None, value], "text": ""}
 
+
 # ------------------------------------------------------------- command line ----
 
 OPS = '''
@@ -2807,7 +2815,7 @@ WRONG = [f"--{name} {value}" for name, values in {  # an option and its value, a
 }.items() for value in values]
 
 WRONG_IN_FILE = [
-    'socket_name, "udp:"', "socket_name, 1", "unix_socket_mode, 660", "unix_socket_mode, 09", 'unix_socket_user, "a\\"b"',
+    'socket_name, "udp:"', "socket_name, 1", "unix_socket_mode, 660", "unix_socket_mode, 09", 'unix_socket_user, "\\""',
     "socket_timeout, -1", "socket_timeout, 0x", "socket_timeout, soon", 'pretty_printing, "maybe"', "children_count, 0",
 ]
 
@@ -2870,11 +2878,11 @@ JSON_CALLS = [  # words, result
 WRONG_CALLS = [[], ["a:b"], ["echo", '"\\'], ["--json", "echo", "a", "b::c"], ["--timeout", "soon", "nothing"],
                ["--timeout", "0", "nothing"], ["-s", "nonsense", "nothing"], ["--nonsense", "nothing"]]
 
-CTRL_C = [  # words, keys to type, what stands before the cursor, exit status
-    ("--socket_name ./own", "", "listening on ", 0),
+CTRL_C = [  # words, what is shown first, keys to type then, exit status
+    ("--socket_name ./own", "listening on ", "", 0),
     ("call -s ./s --timeout 600000 hold held", "", "", 130),
-    ("shell -s ./s", "", "> ", 130),
-    ("shell -s ./s --timeout 600000", "hold held\r", "hold held\r\n", 130),
+    ("shell -s ./s", "> ", "", 130),
+    ("shell -s ./s --timeout 600000", "> ", "hold held\r", 130),
 ]
 
 CANNOT_SERVE = [  # what a loaded file does to the children, and what the log says of it
@@ -2930,7 +2938,7 @@ def process_state(pid):
 
 def left_of(group):
     """List the processes of a group that still run."""
-    states = [(pid, *process_state(pid)) for pid in os.listdir("/proc") if pid.isdigit()]
+    states = [(int(pid), *process_state(pid)) for pid in os.listdir("/proc") if pid.isdigit()]
     return [pid for pid, state, its_group in states if its_group == group and state not in "ZX"]
 
 
@@ -2953,11 +2961,15 @@ def ops_process(folder, *arguments, **options):
     """Serve OPS at folder/s from a process group of its own, of which nothing may be left."""
     (folder / "ops.py").write_text(OPS)
     arguments = ["--socket_name", "./s", "--load", "ops.py", *arguments]
-    with process(*arguments, cwd=folder, start_new_session=True, **options) as server:
-        yield server
-    wait_until(lambda: not left_of(server.pid))
-    assert not (folder / "s").exists()
-    assert "Traceback" not in "".join(server.log)
+    try:
+        with process(*arguments, cwd=folder, start_new_session=True, **options) as server:
+            yield server
+        wait_until(lambda: not left_of(server.pid))
+        assert not (folder / "s").exists()
+        assert "Traceback" not in "".join(server.log)
+    finally:
+        for pid in left_of(server.pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -2987,15 +2999,15 @@ def end(server, how, path):
 
 
 class Terminal:
-    """`python -m mi_datagram ARGUMENTS` in a terminal of its own."""
+    """`python -m mi_datagram ARGUMENTS` in a terminal of its own, until the block ends."""
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments, cwd=None):
         self.descriptor, inner = os.openpty()
         self.text = ""
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "mi_datagram", *map(str, arguments)], stdin=inner, stdout=inner, stderr=inner,
-            env={**os.environ, "PYTHONPATH": str(HERE), "TERM": "vt100", "INPUTRC": "/dev/null"},
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **options,
+            cwd=cwd, env={**os.environ, "PYTHONPATH": str(HERE), "TERM": "vt100", "INPUTRC": "/dev/null"},
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(inner)
 
@@ -3012,16 +3024,19 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def expect(self, text):
-        """Wait for TEXT, None for the end, behind what was expected before; give what stands before it."""
-        while text is None or text not in self.text:
+        """Wait for TEXT behind what was expected before."""
+        while text not in self.text:
             assert select.select([self.descriptor], [], [], DEADLINE)[0], self.text
-            try:
+            self.text += os.read(self.descriptor, 4096).decode()
+        self.text = self.text[self.text.index(text) + len(text) :]
+
+    def end(self):
+        """Wait for the end; give the exit status and what was shown last."""
+        status = self.popen.wait(DEADLINE)
+        with contextlib.suppress(OSError):  # raised where nobody has the terminal any more
+            while True:
                 self.text += os.read(self.descriptor, 4096).decode()
-            except OSError:  # nobody has the terminal any more
-                assert text is None, self.text
-                return self.text
-        before, _, self.text = self.text.partition(text)
-        return before
+        return status, self.text.replace("^C", "").strip()
 
 
 # ---- parameters
@@ -3034,18 +3049,12 @@ def test_wrong_value_is_one_line_and_makes_nothing(folder, wrong):
     (folder / "regular").write_text("of value")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as taken:
         taken.bind(str(folder / "taken"))
-        before = {path.name: path.lstat()[:7] for path in folder.iterdir()}
-        done = run("--socket_name", "./s", *wrong.split(), cwd=folder)
+        before = contents(folder)
+        done = run(*wrong.split(), cwd=folder)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         option, value = wrong.split()[:2]
         assert option[2:] in done.stderr and (value[2:] in done.stderr or ascii(value) in done.stderr)
-        assert {path.name: path.lstat()[:7] for path in folder.iterdir()} == before
-
-
-def test_wrong_value_beside_the_default_socket(folder):
-    """The name that the socket would have had is no second line."""
-    done = run("--unix_socket_mode", "09", cwd=folder)
-    assert (done.returncode, done.stderr.count("\n"), os.listdir(folder)) == (2, 1, [])
+        assert contents(folder) == before
 
 
 @pytest.mark.parametrize("wrong", WRONG_IN_FILE)
@@ -3107,13 +3116,6 @@ def test_configuration_file(folder):
         assert "trace_destination" in trace and "#!if" in conditions and "listening" in listening
 
 
-def test_mode_0(folder):
-    """A mode of 0, which would lock everybody out, becomes 0600, and the log says so."""
-    with ops_process(folder, "--unix_socket_mode", "0") as server:
-        assert stat.S_IMODE((folder / "s").stat().st_mode) == 0o600
-        assert "unix_socket_mode" in server.log[0]
-
-
 @pytest.mark.parametrize("socket_name", [None, "./s", "udp:127.0.0.1:0", "UDP:localhost:0", "udp:[::1]:0", "udp:::1:0"])
 def test_serve_and_ask(folder, socket_name):
     """The server says where it listens, and `call` asks there; both fall back to ./mi_datagram.sock."""
@@ -3130,8 +3132,9 @@ def test_serve_and_ask(folder, socket_name):
 def test_load(folder):
     """Files and modules are merged and have all core commands; they share the classes of the server."""
     (folder / "pack").mkdir()
-    (folder / "pack" / "three.py").write_text(OPS.replace("def ", "def third_").replace("Interface()", "Interface(core=())"))
-    (folder / "two.py").write_text(OPS.replace("def ", "def second_").replace("mi = ", "ours = ").replace("@mi", "@ours"))
+    third = OPS.replace("def ", "def third_").replace("Interface()", "Interface(core=())")
+    (folder / "pack" / "three.py").write_text(third)
+    (folder / "two.py").write_text(third.replace("third", "second").replace("mi = ", "ours = ").replace("@mi", "@ours"))
     with ops_process(folder, "--load", folder / "two.py:ours", "--load", "pack.three"):
         commands = values(folder / "s", "which")
         assert {"who", "second_who", "third_who", "uptime", "kill", "arg", "debug"} <= set(commands)
@@ -3189,10 +3192,10 @@ def test_call_without_an_answer(ops, folder):
 
 def test_call_where_nobody_listens(folder):
     """Where nobody listens `call` exits with 3 at once, whatever its timeout."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
-        udp.bind(("127.0.0.1", 0))
-        unix.bind(str(folder / "dead"))
-        names = [folder / "missing", folder / "dead", f"udp:127.0.0.1:{udp.getsockname()[1]}"]
+    with serving(interface(), "udp:127.0.0.1:0") as server:
+        names = [folder / "missing", folder / "dead", server.socket_name]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(folder / "dead"))
     for socket_name in names:
         done = run("call", "-s", socket_name, "--timeout", "600000", "nothing")
         assert (done.returncode, done.stdout) == (3, "")
@@ -3221,29 +3224,27 @@ def test_shell_in_a_terminal(ops):
             terminal.expect(shown)
         terminal.expect("> ")
         terminal.type("\4")
-        assert terminal.expect(None).strip() == ""
-        assert terminal.popen.wait(DEADLINE) == 0
+        assert terminal.end() == (0, "")
 
 
-@pytest.mark.parametrize("words, keys, before, status", CTRL_C)
-def test_ctrl_c(folder, words, keys, before, status):
+@pytest.mark.parametrize("words, before, keys, status", CTRL_C)
+def test_ctrl_c(folder, words, before, keys, status):
     """Ctrl-C ends whatever runs in the terminal, with nothing to read about it."""
+    held = folder / "held"
     with ops_process(folder), Terminal(*words.split(), cwd=folder) as terminal:
-        if keys:
-            terminal.expect("> ")
-            terminal.type(keys)
-        if before:
-            terminal.expect(before)
-        if status == 0:
-            terminal.expect("\n")
+        terminal.expect(before)
+        terminal.type(keys)
+        terminal.expect(keys.replace("\r", "\r\n"))
+        if held.name in words + keys:
+            wait_until(held.exists)
+        elif status == 0:
+            terminal.expect("own\r\n")
             assert values(folder / "own", "pwd") == [str(folder)]
-        if "held" in words + keys:
-            wait_until((folder / "held").exists)
         terminal.type("\3")
-        assert terminal.expect(None).replace("^C", "").strip() == ""
-        assert terminal.popen.wait(DEADLINE) == status
+        assert terminal.end() == (status, "")
         assert not (folder / "own").exists()
-        (folder / "held").unlink() if "held" in words + keys else None
+        with contextlib.suppress(FileNotFoundError):
+            held.unlink()
 
 
 # ---- life and death
@@ -3292,7 +3293,8 @@ def test_fifty_starts_and_stops(folder):
     for children in ("1", "2", "1", "2", "1"):
         command = [sys.executable, "-m", "mi_datagram", "--children_count", children, "--socket_name"]
         paths = [folder / str(number) for number in range(10)]
-        servers = [subprocess.Popen([*command, path], stderr=subprocess.PIPE, env=env, start_new_session=True) for path in paths]
+        options = {"stderr": subprocess.PIPE, "env": env, "start_new_session": True}
+        servers = [subprocess.Popen([*command, path], **options) for path in paths]
         for path, server in zip(paths, servers):
             wait_until(path.exists)
             server.terminate()
@@ -3320,7 +3322,8 @@ def test_children(folder):
 
             def parent_sleeps():
                 before = Path(f"/proc/{parent}/status").read_text()
-                answered = {int(values(path, "who")[0]) for _ in range(100)}
+                with Client(str(path)) as client:
+                    answered = {int(client.call("who").nodes[0].value) for _ in range(2000)}
                 return answered <= set(children) and before == Path(f"/proc/{parent}/status").read_text()
 
             wait_until(parent_sleeps)
@@ -3413,11 +3416,12 @@ def test_killed_parent(folder):
 
 
 @pytest.mark.parametrize("children", [1, 2])
-@pytest.mark.parametrize("family, host", [(socket.AF_UNIX, ""), (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
-def test_passed_socket(folder, family, host, children):
+@pytest.mark.parametrize("host", ["", "127.0.0.1", "::1"])
+def test_passed_socket(folder, host, children):
     """A socket that systemd opened is served; its file and mode stay, and the manager hears of start and end."""
     path = folder / "s"
     notify = str(folder / "notify") if children == 1 else f"@{folder}"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET if host else socket.AF_UNIX
     with socket.socket(family, socket.SOCK_DGRAM) as passed, manager(notify) as (notices, env):
         passed.bind((host, 0) if host else str(path))
         host or path.chmod(0o604)
@@ -3463,7 +3467,8 @@ def test_what_other_clients_read(name):
         assert re.fullmatch(rb"200 OK\n(\w+:\w+:: \d+\n)+", ask(server, b":get_statistics:\nall\n"))
         assert re.fullmatch(rb"200 OK\nProcess::  ID=0 PID=\d+ Type=.+\n", ask(server, b":ps:\n"))
         when = rb"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4}\n"
-        assert re.fullmatch(rb"200 OK\nNow:: %bUp since:: %bUp time:: \d+ \[sec\]\n" % (when, when), ask(server, b":uptime:\n"))
+        uptime = rb"200 OK\nNow:: %bUp since:: %bUp time:: \d+ \[sec\]\n" % (when, when)
+        assert re.fullmatch(uptime, ask(server, b":uptime:\n"))
         for method in (b"ps", b"uptime", b"which"):
             reply = ask(server, b'{"jsonrpc":"2.0","method":"%b","id":1}' % method)
             assert len(reply) <= 1500 and "result" in json.loads(reply)
@@ -3644,6 +3649,8 @@ def test_whatever_comes_in_the_invariant_holds(kind, folder, monkeypatch, caplog
     print(f"MI_FUZZ_SEED={FUZZ_SEED}: {kind}, {rounds} rounds")
     wait_until(lambda: threading.active_count() <= before[0] and len(os.listdir("/proc/self/fd")) <= before[1])
     assert not forged, f"MI_FUZZ_SEED={FUZZ_SEED}"
+
+
 # ------------------------------------------------------- clients of others ----
 
 # For OpenSIPSMI.execute: command, parameters, result or the text of the error.
