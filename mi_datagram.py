@@ -305,7 +305,7 @@ def parse_request(data: bytes) -> Request:
 def _parse_first_line(data: bytes) -> tuple[str, str]:
     """Give the command's name, and the text of the arguments behind it."""
     name, separator, text = data[1:].decode("utf-8", "surrogateescape").partition(":\n")
-    if not (separator and name) or ":" in name or data[:1] != b":":
+    if not (separator and name) or ":" in name or "\n" in name or data[:1] != b":":
         raise RequestError("no first line ':name:'", 0)
     return name, text
 
@@ -841,8 +841,8 @@ class Command:
     def __init__(
         self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool, core: bool
     ) -> None:
-        if not name or ":" in name or not isinstance(name, str):
-            raise ParameterError(f"command name {name!a}: a text without ':' is allowed")
+        if not isinstance(name, str) or not name or ":" in name or "\n" in name:
+            raise ParameterError(f"command name {name!a}: a text without ':' and line breaks is allowed")
         self.name = name
         self.function = function
         self.pass_request = pass_request
