@@ -98,6 +98,7 @@ UDP_PAYLOAD = 65507  # bytes that one IPv4 datagram can carry
 UNIX_PAYLOAD = 1 << 20  # bytes; beyond this a datagram needs memory in one piece that the kernel rarely has
 UNIX_PATH = 107  # bytes of a socket's path: sun_path less its final NUL
 SEND_BUFFER = 4 << 20  # bytes asked for: replies that no client has read yet are charged to it
+ASIDE_REPLIES = 4096  # replies before a send buffer that was full is tried again
 MAX_THREADS = 64  # threads of one server, the one that watches included
 SPARE_THREADS = 8  # idle threads kept for the next slow command
 TICK = 0.0025  # s; a request that takes longer is slow: another thread receives meanwhile
@@ -2350,6 +2351,8 @@ else:
 class UnixServer(_Serving, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
+    _aside: Socket | None = None
+    _aside_left = 0
     _file = ("", (0, 0))  # the path and (device, inode) of the socket file that we made
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
@@ -2418,12 +2421,38 @@ class UnixServer(_Serving, _UnixBase):
             aside.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
             try:
                 aside.sendto(reply, MSG_DONTWAIT, address)
+                self._go_aside()
             except BlockingIOError:
                 self._wait_for(aside, reply, address)
             except PermissionError as error:
                 if error.errno == errno.EPERM:
                     raise BlockingIOError(errno.EAGAIN, "our send buffer is full") from None
                 raise
+
+    def _go_aside(self) -> None:
+        """Send the next replies from a second socket first: our own buffer is full, and a failed try costs most."""
+        with self._lock:
+            if self._aside is None:
+                self._aside = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._aside_left = ASIDE_REPLIES
+            self.__dict__["send"] = self._send_aside  # in place of the method, which so costs nothing otherwise
+
+    def _send_aside(self, reply: bytes, address: Any) -> None:
+        self._aside_left -= 1
+        try:
+            if self._aside_left < 0 or self._aside is None:
+                self.__dict__.pop("send", None)
+                raise BlockingIOError
+            self._aside.sendto(reply, MSG_DONTWAIT, address)
+        except (OSError, TypeError):  # a connected client, or one whose queue is full: the usual way
+            type(self).send(self, reply, address)
+        else:
+            self.interface.count_reply()
+
+    def _close(self) -> None:
+        super()._close()
+        if self._aside is not None:
+            self._aside.close()
 
 
 SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
