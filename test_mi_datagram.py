@@ -35,6 +35,7 @@ import ast
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import grp
 import json
@@ -2715,6 +2716,49 @@ def test_log_handler_that_raises(name, monkeypatch):
             assert ask(server, b":fails:\n") == b"500 command failed\n"
             assert ask(server, b":audited:\n") == b"200 OK\n"
         assert count(server, "unknown_commands") == count(server, "failed_commands") == 3
+
+FORGED = [
+    (b":nothing:\n", 1), (b":none:\n", 1), (b"\n", 1), (b'{"jsonrpc":"2.0","method":"nothing","id":1}', 1), (b"{", 1),
+    (b'[{"jsonrpc":"2.0","method":"nothing","id":1},1]', 1), (b"200 OK\n", 0), (b"", 0), (b'{"result":1}', 0),
+    (b'[{"jsonrpc":"2.0","method":"nothing","id":1},{"error":1}]', 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("datagram, replies", FORGED)
+def test_two_servers_are_not_set_against_each_other(name, folder, datagram, replies):
+    """A datagram forged in the name of another server has at most its one reply, which that server drops."""
+    with serving(interface(), name) as one, serving(interface(), name + "2" if "/" in name else name) as two:
+        one.socket.sendto(datagram, two.server_address)
+        wait_until(lambda: count(two, "requests") == 1 and count(one, "requests") == replies)
+        assert ask(one, b":nothing:\n") == ask(two, b":nothing:\n") == b"200 OK\n"
+        assert (count(one, "requests"), count(two, "requests")) == (replies + 1, 2)
+        assert (count(one, "not_requests"), count(two, "not_requests")) == (replies, 1 - replies)
+
+
+class FaultySocket:
+    """The socket of a server, whose next call of a method fails."""
+
+    def __init__(self, sock, method, error):
+        self._sock, self._method, self._error = sock, method, error
+
+    def __getattr__(self, method):
+        if method == self._method:
+            self._method = None
+            raise OSError(self._error, os.strerror(self._error))
+        return getattr(self._sock, method)
+
+
+@pytest.mark.parametrize("error", [errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE, errno.ENETUNREACH])
+def test_kernel_that_is_short_of_something(name, error):
+    """Whatever the kernel says to a reply or to receiving, that is counted and the next request is served."""
+    with serving(interface(), name) as server, client_socket(server) as sock:
+        server.socket = FaultySocket(server.socket, "sendto", error)
+        sock.sendto(b":nothing:\n", server.server_address)
+        wait_until(lambda: count(server, "dropped_errors") == 1)
+        receive = "recvmsg" if isinstance(server.server_address, str) else "recvfrom"
+        server.socket = FaultySocket(server.socket, receive, error)
+        assert ask(server, b":nothing:\n", sock) == b"200 OK\n"
+        wait_until(lambda: count(server, "receive_errors") == 1)
 
 
 # ---------------------------------------------------------------------- client ----
