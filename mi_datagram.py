@@ -3119,9 +3119,10 @@ def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
         if name == "config":
             try:
                 with open(value, encoding="utf-8", errors="surrogateescape") as file:
-                    found.update(read_modparams(file.read(), value))
-            except OSError as error:
-                raise ParameterError(f"config {value!a}: {error.strerror}") from None
+                    text = file.read()
+            except (OSError, ValueError) as error:
+                raise ParameterError(f"config {value!a}: {getattr(error, 'strerror', error)}") from None
+            found.update(read_modparams(text, value))
         else:
             found[name] = value
     return found

@@ -3403,6 +3403,9 @@ def test_killed_child_is_replaced(folder):
     lost = 0
     with ops_process(folder, "--children_count", 3), Client(str(path), timeout=3000) as client:
         _, *children = processes(path)
+        for child in children:  # one that dies before it has served would end the server
+            with alone(child, children):
+                assert values(path, "who") == [str(child)]
         for number in range(300):
             if number in (100, 200):
                 os.kill(children[number // 100], signal.SIGKILL)
