@@ -620,7 +620,6 @@ class Origin:
 
     settings = Settings()
     command: Command | None = None  # the one that runs now
-    answered = False  # from just before the reply is sent
 
     @property
     def peer(self) -> Peer | None:
@@ -668,7 +667,7 @@ class Counter:
 
     def reset(self) -> None:
         """Count from zero again."""
-        self._offset -= self()
+        self._offset = -sum(list(self._cells.values()))  # not -=, so that two resets at once agree
 
     def __call__(self) -> int:
         return sum(list(self._cells.values())) + self._offset
@@ -725,8 +724,8 @@ class _Deadlines:
         with self._change:
             self._open.add(deferred)
             if not self._running:
-                self._running = True
                 threading.Thread(target=self._run, name="mi_datagram deadlines", daemon=True).start()
+                self._running = True
             elif deferred.deadline < self._next:
                 self._change.notify()
 
@@ -1259,7 +1258,6 @@ class Interface:
 
         def finish(deferred: Deferred, outcome: Any) -> None:
             self._deadlines.discard(deferred)
-            origin.answered = True
             try:
                 if outcome is _DROPPED:
                     self.count("dropped_deferred")
@@ -1783,6 +1781,7 @@ class Handler(socketserver.BaseRequestHandler, Origin):
 
     server: _Serving
     request: tuple[bytes, socket.socket, bytes | None]
+    answered = False  # from just before the reply is sent
 
     @property
     def peer(self) -> Peer:
@@ -1795,10 +1794,10 @@ class Handler(socketserver.BaseRequestHandler, Origin):
         self.settings = server.settings
         reply = server.interface.respond(self.request[0], self)
         if reply is not None:
-            self.answered = True
-            server.send(reply, self.client_address)
+            self.send(reply)
 
     def send(self, reply: bytes) -> None:
+        self.answered = True
         self.server.send(reply, self.client_address)
 
     def make_way(self) -> None:
@@ -2421,13 +2420,15 @@ class UnixServer(_Serving, _UnixBase):
             aside.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
             try:
                 aside.sendto(reply, MSG_DONTWAIT, address)
-                self._go_aside()
             except BlockingIOError:
                 self._wait_for(aside, reply, address)
             except PermissionError as error:
                 if error.errno == errno.EPERM:
                     raise BlockingIOError(errno.EAGAIN, "our send buffer is full") from None
                 raise
+            else:
+                with contextlib.suppress(OSError):  # no descriptor for it; this reply is out all the same
+                    self._go_aside()
 
     def _go_aside(self) -> None:
         """Send the next replies from a second socket first: our own buffer is full, and a failed try costs most."""
@@ -2451,6 +2452,7 @@ class UnixServer(_Serving, _UnixBase):
 
     def _close(self) -> None:
         super()._close()
+        self.__dict__.pop("send", None)
         if self._aside is not None:
             self._aside.close()
 
@@ -2567,19 +2569,26 @@ class Client:
             raise RequestError("JSON-RPC takes parameters by position or by name, not both")
         self._last_id += 1
         call = {"jsonrpc": "2.0", "method": method, "params": named or list(params), "id": self._last_id}
-        answer = json.loads(self.exchange(json.dumps(call).encode(), self._is_mine))
-        if "error" in answer:
-            error = answer["error"]
-            raise CommandError(error["code"], error["message"], error.get("data"))
-        return answer["result"]
+        try:
+            request = _json_encoder(None)(call).encode()
+        except (TypeError, ValueError, RecursionError) as wrong:
+            raise RequestError(f"parameters of {method!a}: {wrong}") from None
+        answer = json.loads(self.exchange(request, self._is_mine))
+        if "result" in answer:
+            return answer["result"]
+        error = answer["error"]
+        raise CommandError(error["code"], error["message"], error.get("data"))
 
     def _is_mine(self, reply: bytes) -> bool:
-        """Whether the reply is the one to the present call; an error may have lost its id."""
+        """Whether REPLY answers the present call; an error may have lost its id."""
         try:
             answer = json.loads(reply)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
-        return isinstance(answer, dict) and answer.get("id") in (self._last_id, None)
+        if not isinstance(answer, dict) or answer.get("id") not in (self._last_id, None):
+            return False
+        error = answer.get("error")
+        return "result" in answer or (isinstance(error, dict) and error.keys() >= {"code", "message"})
 
     def exchange(self, request: bytes, is_mine: Callable[[bytes], bool] = lambda reply: True) -> bytes:
         """Send the bytes of a request and give those of its reply."""
@@ -2716,7 +2725,7 @@ class _SharedCounter(Counter):
             self._row[self._index] += amount
 
     def reset(self) -> None:
-        self._rows[-1][self._index] -= self()
+        self._rows[-1][self._index] = -sum([int(row[self._index]) for row in self._rows[:-1]])
 
     def __call__(self) -> int:
         return sum([int(row[self._index]) for row in self._rows])

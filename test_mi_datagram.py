@@ -2797,6 +2797,91 @@ def test_client_speaks_both_dialects(name, value):
         assert client.call_json("show", text=value) == {"number": 0, "text": value}
         assert client.call_json("show", [1.5, None, value]) == {"number": [1.5, None, value], "text": ""}
 
+def test_batch_is_answered_when_its_last_call_is(folder):
+    """Over UDP a batch that waits for one of its calls is not run again, though another was answered already."""
+    mi = interface()
+    deferred = []
+
+    @mi.command(pass_request=True)
+    def later(request):
+        deferred.append(request.defer())
+        return deferred[-1]
+
+    call = b'{"jsonrpc":"2.0","method":"later","id":%d}'
+    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
+        sock.sendto(b"[%b,%b]" % (call % 1, call % 2), server.server_address)
+        wait_until(lambda: len(deferred) == 2)
+        deferred[0].reply(1)
+        end = time.monotonic() + 2 * mi_datagram.TICK
+        wait_until(lambda: time.monotonic() > end)
+        sock.sendto(b"[%b,%b]" % (call % 1, call % 2), server.server_address)
+        wait_until(lambda: count(server, "retransmissions") == 1 or len(deferred) > 2)
+        deferred[1].reply(2)
+        assert [answer["result"] for answer in json.loads(sock.recv(1000))] == [1, 2] and len(deferred) == 2
+
+
+def test_no_thread_for_a_deadline(monkeypatch):
+    """Where no thread can be had to see to a deadline that command fails, and the next Deferred has its deadline."""
+    mi = interface()
+    mi.command(lambda request: request.defer(timeout=1), name="later", pass_request=True)
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert mi.answer(b":later:\n") == b"500 command failed\n"
+    assert mi.answer(b":later:\n") is None
+    wait_until(lambda: count(mi, "dropped_deferred") == 1)
+
+
+def test_reply_that_went_out_is_not_counted_as_lost(folder, monkeypatch):
+    """A reply that a socket of its own delivered counts as one, also where there is no descriptor for a second one."""
+    with serving(interface(), folder / "s") as server, client_socket(server) as sock:
+        server.socket = FaultySocket(server.socket, "sendto", errno.EAGAIN)
+        made, make = [], socket.socket
+
+        def one_socket(*arguments, **named):
+            made.append(arguments)
+            if len(made) > 1:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return make(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mi_datagram.socket, "socket", one_socket)
+            sock.sendto(b":nothing:\n", server.server_address)
+            assert sock.recv(1000) == b"200 OK\n"
+            wait_until(lambda: count(server, "replies") + count(server, "dropped_errors"))
+        assert (count(server, "replies"), count(server, "dropped_errors"), len(made)) == (1, 0, 2)
+
+
+HOSTILE_ANSWERS = [
+    b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":2,"result":1}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", HOSTILE_ANSWERS, ids=range(len(HOSTILE_ANSWERS)))
+def test_client_takes_no_nonsense(folder, answer):
+    """What is no answer to the present call is passed over, whatever it is, and the answer that follows is taken."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server, Client(str(folder / "s")) as client:
+        server.bind(str(folder / "s"))
+
+        def serve():
+            _, address = server.recvfrom(1000)
+            server.sendto(answer, address)
+            server.sendto(b'{"jsonrpc":"2.0","result":"right","id":1}', address)
+
+        thread = in_thread(serve)
+        assert client.call_json("anything") == "right"
+        thread.join(DEADLINE)
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}])
+def test_client_names_what_json_cannot_say(folder, value):
+    """A parameter that has no JSON form is a RequestError, and nothing is sent."""
+    with Client(str(folder / "s")) as client, pytest.raises(mi_datagram.RequestError):
+        client.call_json("echo", value)
+
 
 # ------------------------------------------------------------- command line ----
 
