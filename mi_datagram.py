@@ -160,17 +160,20 @@ FAULTS = {
     "too_long_requests": (400, "request too long", -32600, "Invalid Request"),
     "too_long_replies": (500, "Internal server error", -32603, "Internal error"),
     "forbidden": (403, "Forbidden", 403, "Forbidden"),
+    "not_requests": (0, "", 0, ""),  # these two are never answered
+    "dropped_deferred": (0, "", 0, ""),
 }
 
 
 class _Fault(CommandError):
-    """One of FAULTS, by the name of its statistic; `detail` is for the log alone."""
+    """One of FAULTS, by the name of its statistic; `detail` is for the log alone, a silent one gets no reply."""
 
-    def __init__(self, kind: str, data: str | None = None, detail: object = "") -> None:
+    def __init__(self, kind: str, data: str | None = None, detail: object = "", silent: bool = False) -> None:
         code, reason, self.json_code, self.json_message = FAULTS[kind]
         super().__init__(code, reason, data)
         self.kind = kind
         self.detail = detail
+        self.silent = silent
 
 
 def _note(level: int, text: str, *arguments: object, error: BaseException | None = None) -> None:
@@ -591,167 +594,7 @@ def _json_member(outcome: Any) -> tuple[str, Any]:
     return "result", "OK" if outcome is None else outcome  # a client takes a falsy result for a failure
 
 
-# --------------------------------------------------- commands and Interface ----
-
-
-class Settings:
-    """What a server adds to its Interface's answers: limits, looks and access."""
-
-    __slots__ = ("authorize", "indent", "json_indent", "limit", "silent")
-
-    def __init__(
-        self, parameters: Mapping[str, Any] | None = None, authorize: Authorize | None = None, silent: bool = False
-    ) -> None:
-        values = parameters or {}
-        self.limit: int = values.get("socket_buf_size", SOCKET_BUF_SIZE)  # bytes of a request and of a reply
-        self.indent: str = values.get("reply_indent", "\t")
-        self.json_indent = self.indent if values.get("pretty_printing") else None
-        self.authorize = authorize
-        self.silent = silent  # whether a refused peer gets no reply at all
-
-
-class Origin:
-    """Where a datagram came from: its peer, its server's settings, the way back.
-
-    For derived classes (a server's Handler is one): `send` delivers a late reply; `make_way` is
-    called before a command that is known to wait; `hold` and `release` are called when a Deferred
-    begins and when it has ended.
-    """
-
-    settings = Settings()
-    command: Command | None = None  # the one that runs now
-
-    @property
-    def peer(self) -> Peer | None:
-        return None
-
-    def send(self, reply: bytes) -> None:
-        pass
-
-    def make_way(self) -> None:
-        pass
-
-    def hold(self, deferred: Deferred) -> None:
-        pass
-
-    def release(self, deferred: Deferred) -> None:
-        pass
-
-
-class _Caller(Origin):
-    """A caller of Interface.answer."""
-
-    def __init__(self, peer: Peer | None, send: Callable[[bytes], object] | None) -> None:
-        self._peer = peer
-        self.send = send or super().send  # type: ignore[method-assign,assignment]
-
-    @property
-    def peer(self) -> Peer | None:
-        return self._peer
-
-
-class Counter:
-    """A statistic that counts: right from any thread, as each has a cell of its own and needs no lock."""
-
-    def __init__(self) -> None:
-        self._cells: dict[int, int] = {}
-        self._offset = 0
-
-    def add(self, amount: int = 1) -> None:
-        """Count AMOUNT more."""
-        thread = get_ident()
-        try:
-            self._cells[thread] += amount
-        except KeyError:
-            self._cells[thread] = amount
-
-    def reset(self) -> None:
-        """Count from zero again."""
-        self._offset = -sum(list(self._cells.values()))  # not -=, so that two resets at once agree
-
-    def __call__(self) -> int:
-        return sum(list(self._cells.values())) + self._offset
-
-
-_DROPPED = CommandError(0, "dropped")  # the outcome of a Deferred that nobody answered
-
-
-class Deferred:
-    """A reply that comes later, once, from any thread; made by Request.defer."""
-
-    __slots__ = ("_finish", "_lock", "deadline", "origin")
-
-    def __init__(self, origin: Origin, timeout: float, finish: Callable[[Deferred, Any], None]) -> None:
-        self.origin = origin
-        self.deadline = time.monotonic() + timeout / 1000
-        self._lock = threading.Lock()
-        self._finish: Callable[[Deferred, Any], None] | None = finish
-
-    def reply(self, result: Any = None) -> bool:
-        """Answer with RESULT, as if the command had returned it; False if it is too late."""
-        with self._lock:
-            finish, self._finish = self._finish, None
-        if finish is None:
-            return False
-        finish(self, result)
-        return True
-
-    def fail(self, code: int, reason: str) -> bool:
-        """Answer `code reason`; False if it is too late."""
-        return self.reply(CommandError(code, reason))
-
-    def drop(self) -> bool:
-        """Give up the reply; False if there was one already."""
-        return self.reply(_DROPPED)
-
-    def cancel(self) -> bool:
-        """Take the reply from whoever holds this; False if there was one already."""
-        with self._lock:
-            finish, self._finish = self._finish, None
-        return finish is not None
-
-
-class _Deadlines:
-    """Drops each Deferred that nobody answers in time; has a thread only while there are any."""
-
-    def __init__(self) -> None:
-        self._change = threading.Condition()
-        self._open: set[Deferred] = set()
-        self._next = 0.0  # when the thread wakes up by itself
-        self._running = False
-
-    def add(self, deferred: Deferred) -> None:
-        with self._change:
-            self._open.add(deferred)
-            if not self._running:
-                threading.Thread(target=self._run, name="mi_datagram deadlines", daemon=True).start()
-                self._running = True
-            elif deferred.deadline < self._next:
-                self._change.notify()
-
-    def discard(self, deferred: Deferred) -> None:
-        with self._change:
-            self._open.discard(deferred)
-
-    def settle(self) -> None:
-        """Let the thread end now if there is nothing to wait for."""
-        with self._change:
-            self._change.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._change:
-                now = time.monotonic()
-                late = [deferred for deferred in self._open if deferred.deadline <= now]
-                if not late:
-                    if not self._open:
-                        self._running = False
-                        return
-                    self._next = min([deferred.deadline for deferred in self._open])
-                    self._change.wait(self._next - now)
-            for deferred in late:
-                deferred.drop()
-
+# ----------------------------------------------------------------- commands ----
 
 # What the annotations of a command's parameters make of a value: out of text in
 # the line dialect; in JSON a value has its type already, and a wrong one is refused.
@@ -838,16 +681,14 @@ class Command:
         "slow",
     )
 
-    def __init__(
-        self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool, core: bool
-    ) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool) -> None:
         if not isinstance(name, str) or not name or ":" in name or "\n" in name:
             raise ParameterError(f"command name {name!a}: a text without ':' and line breaks is allowed")
         self.name = name
         self.function = function
         self.pass_request = pass_request
         self.read_only = read_only
-        self.core = core
+        self.core = False  # whether it is one of CORE
         self.doc = inspect.getdoc(function) or ""
         self.slow = False  # whether its last run took longer than a TICK
         self.parameters = list(inspect.signature(function).parameters.values())
@@ -916,8 +757,8 @@ class Command:
                 reason = "Named parameters do not match" if named else "Too few or too many parameters"
                 raise _Fault("bad_arguments", reason)
 
-    def bind_arguments(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
-        """Part the arguments of the line dialect into values by position and by name, bound."""
+    def part(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
+        """Part the arguments of the line dialect into values by position and by name."""
         values: list[Any] = []
         named: dict[str, Any] = {}
         for name, value in arguments:
@@ -927,7 +768,6 @@ class Command:
                 raise _Fault("bad_arguments", "Named parameters do not match")
             else:
                 named[name] = value
-        self.bind(values, named, "line")
         return values, named
 
     def overloads(self) -> list[list[str]]:
@@ -956,14 +796,449 @@ class Command:
         return " ".join(words)
 
 
+class Counter:
+    """A statistic that counts: right from any thread, as each has a cell of its own and needs no lock."""
+
+    def __init__(self) -> None:
+        self._cells: dict[int, int] = {}
+        self._offset = 0
+
+    def add(self, amount: int = 1) -> None:
+        """Count AMOUNT more."""
+        thread = get_ident()
+        try:
+            self._cells[thread] += amount
+        except KeyError:
+            self._cells[thread] = amount
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        self._offset = -sum(list(self._cells.values()))  # not -=, so that two resets at once agree
+
+    def __call__(self) -> int:
+        return sum(list(self._cells.values())) + self._offset
+
+
+class Deferred:
+    """A reply that comes later, once, from any thread; made by Request.defer."""
+
+    __slots__ = ("_finish", "_once", "deadline")
+
+    def __init__(self, timeout: float, finish: Callable[[Deferred, Any], None]) -> None:
+        self.deadline = time.monotonic() + timeout / 1000
+        self._once = threading.Lock()  # whoever gets it answers
+        self._finish = finish
+
+    def reply(self, result: Any = None) -> bool:
+        """Answer with RESULT, as if the command had returned it; False if it is too late."""
+        is_first = self.cancel()
+        if is_first:
+            self._finish(self, result)
+        return is_first
+
+    def fail(self, code: int, reason: str) -> bool:
+        """Answer `code reason`; False if it is too late."""
+        return self.reply(CommandError(code, reason))
+
+    def drop(self) -> bool:
+        """Give up the reply; False if there was one already."""
+        return self.reply(_Fault("dropped_deferred", detail="never answered", silent=True))
+
+    def cancel(self) -> bool:
+        """Take the reply from whoever holds this; False if there was one already."""
+        return self._once.acquire(blocking=False)
+
+
+class _Deadlines:
+    """Drops each Deferred that nobody answers in time; has a thread only while there are any."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._open: set[Deferred] = set()
+        self._next = 0.0  # when the thread wakes up by itself
+        self._running = False
+
+    def add(self, deferred: Deferred) -> None:
+        with self._change:
+            self._open.add(deferred)
+            if not self._running:
+                threading.Thread(target=self._run, name="mi_datagram deadlines", daemon=True).start()
+                self._running = True
+            elif deferred.deadline < self._next:
+                self._change.notify()
+
+    def discard(self, deferred: Deferred) -> None:
+        with self._change:
+            self._open.discard(deferred)
+
+    def settle(self) -> None:
+        """Let the thread end now if there is nothing to wait for."""
+        with self._change:
+            self._change.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                now = time.monotonic()
+                late = [deferred for deferred in self._open if deferred.deadline <= now]
+                if not late:
+                    if not self._open:
+                        self._running = False
+                        return
+                    self._next = min([deferred.deadline for deferred in self._open])
+                    self._change.wait(self._next - now)
+                self._open.difference_update(late)
+            for deferred in late:
+                deferred.drop()
+
+
+# ---------------------------------------------------------------- answering ----
+
+
+class Service:
+    """An Interface as one server offers it: its commands under that server's limits, looks and access."""
+
+    def __init__(
+        self,
+        interface: Interface,
+        parameters: Mapping[str, Any] | None = None,
+        authorize: Authorize | None = None,
+        silent: bool = False,
+    ) -> None:
+        values = parameters or {}
+        self.interface = interface
+        self.limit: int = values.get("socket_buf_size", SOCKET_BUF_SIZE)  # bytes of a request and of a reply
+        self.indent: str = values.get("reply_indent", "\t")
+        self.json_indent = self.indent if values.get("pretty_printing") else None
+        self.authorize = authorize
+        self.silent = silent  # whether a refused peer gets no reply at all
+
+
+class Exchange:
+    """One datagram on its way to its reply: what both dialects share, then each of them.
+
+    For derived classes (a server's Handler is one): `peer` tells who sent it, `send` delivers a
+    late reply, `make_way` is called before a command that is known to wait, `hold` and `release`
+    when a Deferred begins and when it has ended.
+    """
+
+    service: Service
+    command: Command | None = None  # the one that runs now
+
+    def __init__(self, service: Service, peer: Peer | None, send: Callable[[bytes], object] | None) -> None:
+        self.service = service
+        self._peer = peer
+        self._send = send
+
+    @property
+    def peer(self) -> Peer | None:
+        return self._peer
+
+    def send(self, reply: bytes) -> None:
+        if self._send is not None:
+            self._send(reply)
+
+    def make_way(self) -> None:
+        pass
+
+    def hold(self, deferred: Deferred) -> None:
+        self.service.interface.deadlines.add(deferred)
+
+    def release(self, deferred: Deferred) -> None:
+        self.service.interface.deadlines.discard(deferred)
+
+    def answer(self, data: bytes) -> bytes | None:
+        """Give the reply to the datagram; None where there is none, or not yet."""
+        self.service.interface.count_request()
+        first = data[:1]
+        if first != b":":
+            if not first or first.isdigit():  # an answer; answering it could set two servers against each other
+                self._blame(_Fault("not_requests", detail="empty, or an answer", silent=True))
+                return None
+            if data.lstrip()[:1] in (b"{", b"["):
+                return self._answer_json(data)
+        outcome = self._perform_line(data)
+        return None if outcome.__class__ is Deferred else self._format_line(outcome)
+
+    def _refuse(self, kind: str, detail: object) -> typing.NoReturn:
+        """Refuse a datagram that yields no command, in the words that its peer may know."""
+        self._authorize("")
+        raise _Fault(kind, detail=detail)
+
+    def _authorize(self, name: str) -> None:
+        """Raise the fault "forbidden" unless this peer may run the command NAME, which need not exist."""
+        authorize = self.service.authorize
+        try:
+            if authorize is None or authorize(self.peer or Peer(), name):
+                return
+        except Exception as error:
+            _note(logging.ERROR, "authorize failed for %a, so it is refused", name, error=error)
+        raise _Fault("forbidden", detail=name, silent=self.service.silent)
+
+    def _blame(self, error: CommandError, name: str | None = None) -> CommandError:
+        """Count and log what went wrong in the command NAME, by default in the only one."""
+        kind = error.kind if isinstance(error, _Fault) else "command_errors"
+        self.service.interface.count(kind)
+        if name is None:
+            name = self.command.name if self.command else ""
+        level = logging.INFO if kind in ("command_errors", "not_requests") else logging.WARNING
+        detail = str(getattr(error, "detail", "") or f"{error.code} {error.reason}")
+        _note(level, "%a from %s: %s: %a", name, self.peer, kind, detail)
+        return error
+
+    def _run(
+        self, command: Command, values: list[Any], named: dict[str, Any], dialect: str, request: Request | None = None
+    ) -> Any:
+        """Bind the arguments and run the command; what it raises comes out as a CommandError."""
+        self.command = command
+        command.bind(values, named, dialect)
+        if request is not None:
+            values.insert(0, request)
+        if not command.read_only and audit.isEnabledFor(logging.INFO):
+            try:
+                audit.info("%a by %s", command.name, self.peer)
+            except Exception:  # a log handler that raises stops no command
+                pass
+        try:
+            if command.slow:
+                return self._run_aside(command, values, named)
+            return command.function(*values, **named)
+        except CommandError:
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # the user's Ctrl-C, not the command's
+            raise _failure(command.name, error) from None
+
+    def _run_with_request(
+        self,
+        command: Command,
+        values: list[Any],
+        named: dict[str, Any],
+        dialect: str,
+        arguments: list[tuple[str, Any]],
+        deliver: Callable[[Any], object],
+    ) -> Any:
+        """Run a command that wants its Request; DELIVER takes the outcome of a Deferred that it returns."""
+        deferreds: list[Deferred] = []
+
+        def finish(deferred: Deferred, outcome: Any) -> None:
+            try:
+                deliver(self._blame(outcome, command.name) if isinstance(outcome, CommandError) else outcome)
+            finally:
+                self.release(deferred)
+
+        def defer(timeout: float) -> Deferred:
+            deferred = Deferred(timeout, finish)
+            deferreds.append(deferred)
+            self.hold(deferred)
+            return deferred
+
+        request = Request(command.name, arguments, self.peer, dialect, defer)
+        outcome: Any = None
+        try:
+            outcome = self._run(command, values, named, dialect, request)
+        finally:
+            for deferred in deferreds:
+                if deferred is not outcome and deferred.cancel():
+                    self.release(deferred)
+        return outcome
+
+    def _run_aside(self, command: Command, values: list[Any], named: dict[str, Any]) -> Any:
+        """Run a command that was slow last time, while another thread receives."""
+        self.make_way()
+        started = time.monotonic()
+        try:
+            return command.function(*values, **named)
+        finally:
+            command.slow = time.monotonic() - started > TICK
+
+    def _too_long(self, length: int, name: str | None = None) -> CommandError:
+        return self._blame(_Fault("too_long_replies", detail=f"{length} bytes, {self.service.limit} allowed"), name)
+
+    # ---- the line dialect
+
+    def _perform_line(self, data: bytes) -> Any:
+        """Give what the command returns, or the CommandError that went wrong."""
+        service = self.service
+        try:
+            if len(data) > service.limit:
+                self._refuse("too_long_requests", f"more than {service.limit} bytes")
+            first_line, separator, rest = data.partition(b"\n")
+            command = service.interface.first_lines.get(first_line)
+            if command is None or not separator:
+                self._refuse_first_line(data)
+            if service.authorize is not None:
+                self._authorize(command.name)
+            text = rest.decode("utf-8", "surrogateescape")
+            arguments: list[tuple[str, Any]] | None = None
+            if "::" in text or '"' in text:
+                try:
+                    arguments = _parse_arguments(command.name, text)
+                except RequestError as error:
+                    raise _Fault("parse_errors", detail=error) from None
+                values, named = command.part(arguments)
+            else:  # by position alone and not quoted, as most are: read in half the time
+                values = [value for line in text.split("\n") if (value := line.strip(WHITE))]
+                named = {}
+            if command.pass_request:
+                arguments = arguments or [("", value) for value in values]
+                return self._run_with_request(command, values, named, "line", arguments, self._deliver_line)
+            return self._run(command, values, named, "line")
+        except CommandError as error:
+            return self._blame(error)
+
+    def _refuse_first_line(self, data: bytes) -> typing.NoReturn:
+        try:
+            name, _ = _parse_first_line(data)
+        except RequestError as error:
+            self._refuse("invalid_requests", error)
+        self._authorize(name)
+        raise _Fault("unknown_commands", detail=name)
+
+    def _format_line(self, outcome: Any) -> bytes | None:
+        """Write what a command returned, or its error, as a reply that fits."""
+        if isinstance(outcome, CommandError):
+            if isinstance(outcome, _Fault) and outcome.silent:
+                return None
+            outcome = Reply(outcome.code, outcome.reason)
+        try:
+            reply = format_reply(outcome, self.service.indent)
+        except Exception as error:  # a value whose str() raises, a tree without an end, a reason that has no bytes
+            return self._format_line(self._blame(_failure("reply", error)))
+        return reply if len(reply) <= self.service.limit else self._format_line(self._too_long(len(reply)))
+
+    def _deliver_line(self, outcome: Any) -> None:
+        reply = self._format_line(outcome)
+        if reply is not None:
+            self.send(reply)
+
+    # ---- the JSON-RPC 2.0 dialect
+
+    def _answer_json(self, data: bytes) -> bytes | None:
+        """Answer a call, or a batch of calls."""
+        try:
+            document = self._parse_json(data)
+        except CommandError as error:
+            text = self._format_json(None, self._blame(error))
+            return None if text is None else text.encode()
+        calls = document if isinstance(document, list) else [document]
+        answers = _Answers(len(calls), self._join if isinstance(document, list) else "".join)
+        for index, call in enumerate(calls):
+
+            def deliver(outcome: Any, call: Any = call, index: int = index) -> None:
+                reply = answers.put(index, self._format_json(call, outcome))
+                if reply:
+                    self.send(reply)
+
+            outcome = self._perform_json(call, deliver)
+            if outcome.__class__ is not Deferred:
+                answers.put(index, self._format_json(call, outcome))
+        return answers.close()
+
+    def _parse_json(self, data: bytes) -> Any:
+        """Give the call, or the list of 1 to BATCH calls."""
+        limit = self.service.limit
+        if len(data) > limit:
+            if b'"method"' not in data:  # as far as one can see, somebody's long answer
+                raise _Fault("not_requests", detail="an answer", silent=True)
+            self._refuse("too_long_requests", f"more than {limit} bytes")
+        try:
+            document = _decode_json(data.decode())
+        except (ValueError, RecursionError) as error:
+            self._refuse("parse_errors", error)
+        calls = document if isinstance(document, list) else [document]
+        if any([_is_answer(call) for call in calls]):
+            raise _Fault("not_requests", detail="an answer", silent=True)
+        if not 1 <= len(calls) <= BATCH:
+            self._refuse("invalid_requests", f"{len(calls)} calls, 1 to {BATCH} allowed")
+        return document
+
+    def _perform_json(self, call: Any, deliver: Callable[[Any], object]) -> Any:
+        """Give what the command returns, or the CommandError that went wrong."""
+        name = ""
+        try:
+            if not _is_call(call):
+                self._refuse("invalid_requests", "no Request object")
+            name = call["method"]
+            self._authorize(name)
+            command = self.service.interface.commands.get(name)
+            if command is None:
+                raise _Fault("unknown_commands")
+            params = call.get("params", [])
+            values, named = ([], dict(params)) if isinstance(params, dict) else (list(params), {})
+            if command.pass_request:
+                arguments = [("", value) for value in values] + list(named.items())
+                return self._run_with_request(command, values, named, "json", arguments, deliver)
+            return self._run(command, values, named, "json")
+        except CommandError as error:
+            return self._blame(error, name)
+
+    def _format_json(self, call: Any, outcome: Any) -> str | None:
+        """Write the outcome of a call as an answer that fits; None for a call that gets none."""
+        is_call = _is_call(call)
+        name = call["method"] if is_call else ""
+        if (is_call and "id" not in call) or (isinstance(outcome, _Fault) and outcome.silent):
+            return None
+        member, value = _json_member(outcome)
+        answer = {"jsonrpc": "2.0", member: value, "id": _json_id(call)}
+        try:
+            text = _json_encoder(self.service.json_indent)(answer)
+        except Exception as error:  # what JSON cannot say
+            return self._format_json(call, self._blame(_failure("reply", error), name))
+        if len(text) <= self.service.limit:
+            return text
+        answer = {"jsonrpc": "2.0", "error": _json_error(self._too_long(len(text), name)), "id": _json_id(call)}
+        text = _json_encoder(None)(answer)
+        return text if len(text) <= self.service.limit else _json_encoder(None)({**answer, "id": None})
+
+    def _join(self, texts: list[str]) -> str:
+        """Join the answers of a batch if they fit together."""
+        text = "[" + ",".join(texts) + "]" if texts else ""
+        if len(text) > self.service.limit:
+            text = self._format_json(None, self._too_long(len(text), "")) or ""
+        return text
+
+
+class _Answers:
+    """Collects the answers to the calls of one datagram, in their order, late ones included."""
+
+    def __init__(self, count: int, join: Callable[[list[str]], str]) -> None:
+        self._texts: list[str | None] = [None] * count
+        self._open = count + 1  # one more for the thread that puts the prompt ones
+        self._join = join
+        self._lock = threading.Lock()
+
+    def put(self, index: int, text: str | None) -> bytes | None:
+        """Put the answer of the call INDEX, None for no answer; see close."""
+        self._texts[index] = text
+        return self.close()
+
+    def close(self) -> bytes | None:
+        """Count off one; after the last give the reply, if there is one."""
+        with self._lock:
+            self._open -= 1
+            if self._open:
+                return None
+        return self._join([text for text in self._texts if text is not None]).encode() or None
+
+
+def _failure(name: str, error: BaseException) -> CommandError:
+    """Make of what a command raised what its peer may know; the log has the rest."""
+    if isinstance(error, CommandError):
+        return error
+    _note(logging.ERROR, "command %a failed", name, error=error)
+    return _Fault("failed_commands", detail=type(error).__name__)
+
+
+# ---------------------------------------------------------------- Interface ----
+
 # Beside FAULTS, what is counted in the statistics of the group mi_datagram.
 COUNTERS = (
     "requests",
     "replies",
-    "not_requests",
     "command_errors",
     "retransmissions",
-    "dropped_deferred",
     "dropped_denied",
     "dropped_errors",
     "dropped_gone",
@@ -1006,9 +1281,9 @@ class Interface:
         self.level_changed: Callable[[int], object] = lambda level: None
         self.commands: dict[str, Command] = {}
         self.statistics: dict[str, Callable[[], Any]] = {}
-        self._first_lines: dict[bytes, Command] = {}  # by what a request begins with
+        self.first_lines: dict[bytes, Command] = {}  # by what a request begins with
         self.use_counters(Counter)
-        self._deadlines = _Deadlines()
+        self.deadlines = _Deadlines()
         self.add_core(set(CORE) - {"kill", "arg", "debug"} if core is None else core)
 
     # ---- for the program
@@ -1043,34 +1318,22 @@ class Interface:
         take the place of a command of that name, which is a ParameterError otherwise.
         """
         if function is None:
-            return functools.partial(
-                self.command, name=name, pass_request=pass_request, read_only=read_only, replace=replace
-            )
-        self._register(function, name or function.__name__, pass_request, read_only, replace)
-        return function
-
-    def _register(
-        self,
-        function: Callable[..., Any],
-        name: str,
-        pass_request: bool,
-        read_only: bool,
-        replace: bool,
-        core: bool = False,
-    ) -> None:
-        if name in self.commands and not replace:
-            raise ParameterError(f"command name {name!a}: there is one already; replace=True is allowed")
-        command = Command(name, function, pass_request, read_only, core)
+            options = {"name": name, "pass_request": pass_request, "read_only": read_only, "replace": replace}
+            return functools.partial(self.command, **options)
+        command = Command(name or function.__name__, function, pass_request, read_only)
+        if command.name in self.commands and not replace:
+            raise ParameterError(f"command name {command.name!a}: there is one already; replace=True is allowed")
         if inspect.iscoroutinefunction(function):
             if self.loop is None:
-                raise ParameterError(f"command {name!a} is async: give its event loop, Interface(loop=...)")
+                raise ParameterError(f"command {command.name!a} is async: give its event loop, Interface(loop=...)")
             command.function = self._on_loop(function, pass_request)
             command.pass_request = True
         self._put(command)
+        return function
 
     def _put(self, command: Command) -> None:
         self.commands[command.name] = command
-        self._first_lines[f":{command.name}:".encode("utf-8", "surrogateescape")] = command
+        self.first_lines[f":{command.name}:".encode("utf-8", "surrogateescape")] = command
 
     def _on_loop(self, function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
         """Make a command of an `async def` function: it runs on the loop and answers when it is done."""
@@ -1082,7 +1345,7 @@ class Interface:
             except asyncio.CancelledError:
                 raise
             except BaseException as error:  # SystemExit included: it would end the program's loop
-                return self._failure(request.command, error)
+                return _failure(request.command, error)
 
         def start(request: Request, /, *values: Any, **named: Any) -> Deferred:
             deferred = request.defer()
@@ -1131,7 +1394,8 @@ class Interface:
             if name not in CORE:
                 raise ParameterError(f"core command {name!a}: allowed are {', '.join(CORE)}")
             if name not in self.commands:
-                self._register(getattr(core, name), name, False, CORE[name], False, core=True)
+                self.command(getattr(core, name), read_only=CORE[name])
+                self.commands[name].core = True
 
     def server(self, socket_name: str, **parameters: Any) -> UnixServer | UDPServer:
         """Make a server of these commands; see UnixServer for its parameters."""
@@ -1145,7 +1409,7 @@ class Interface:
 
         None where there is nothing to send, or not yet: late replies go to SEND.
         """
-        return self.respond(data, _Caller(peer, send))
+        return Exchange(Service(self), peer, send).answer(data)
 
     def use_counters(self, make: Callable[[], Counter]) -> None:
         """Count the service's own statistics with what MAKE makes, always asked in the same order."""
@@ -1154,319 +1418,9 @@ class Interface:
         self.count_request = self._counters["requests"].add  # these two in every request, so looked up here
         self.count_reply = self._counters["replies"].add
 
-    def settle(self) -> None:
-        """Let the thread of the deadlines end if nothing is deferred any more."""
-        self._deadlines.settle()
-
-    # ---- one datagram
-
-    def respond(self, data: bytes, origin: Origin) -> bytes | None:
-        """Answer one datagram under the settings of its ORIGIN; see answer."""
-        self.count_request()
-        first = data[:1]
-        if first != b":":
-            if not first or first.isdigit():  # an answer; answering it could set two servers against each other
-                self.count("not_requests")
-                return None
-            if data.lstrip()[:1] in (b"{", b"["):
-                return self._respond_json(data, origin)
-        try:
-            outcome = self._perform_line(data, origin)
-            if outcome.__class__ is Deferred:
-                return None
-        except CommandError as error:
-            return self._finish_error(self._blame(error, origin), origin)
-        return self._finish_line(outcome, origin)
-
     def count(self, name: str) -> None:
         """Count one more in the server's own group of statistics."""
         self._counters[name].add()
-
-    def _refuse(self, kind: str, detail: object, origin: Origin) -> typing.NoReturn:
-        """Refuse a datagram that yields no command, in the words that its peer may know."""
-        self._authorize("", origin)
-        raise _Fault(kind, detail=detail)
-
-    def _authorize(self, name: str, origin: Origin) -> None:
-        """Raise the fault "forbidden" unless this peer may run the command NAME, which need not exist."""
-        authorize = origin.settings.authorize
-        try:
-            if authorize is None or authorize(origin.peer or Peer(), name):
-                return
-        except Exception as error:
-            _note(logging.ERROR, "authorize failed for %a, so it is refused", name, error=error)
-        raise _Fault("forbidden", detail=name)
-
-    def _blame(self, error: CommandError, origin: Origin) -> CommandError:
-        """Count and log what went wrong."""
-        kind = error.kind if isinstance(error, _Fault) else "command_errors"
-        self.count(kind)
-        level = logging.INFO if kind == "command_errors" else logging.WARNING
-        name = origin.command.name if origin.command else ""
-        detail = str(getattr(error, "detail", "") or f"{error.code} {error.reason}")
-        _note(level, "%a from %s: %s: %a", name, origin.peer, kind, detail)
-        return error
-
-    def _audit(self, name: str, origin: Origin) -> None:
-        try:
-            audit.info("%a by %s", name, origin.peer)
-        except Exception:  # a log handler that raises stops no command
-            pass
-
-    def _run(self, command: Command, values: list[Any], named: dict[str, Any], origin: Origin) -> Any:
-        """Run a command on bound arguments; what it raises comes out as a CommandError."""
-        if not command.read_only and audit.isEnabledFor(logging.INFO):
-            self._audit(command.name, origin)
-        try:
-            if command.slow:
-                return self._run_aside(command, values, named, origin)
-            return command.function(*values, **named)
-        except CommandError:
-            raise
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-                raise  # the user's Ctrl-C, not the command's
-            raise self._failure(command.name, error) from None
-
-    def _run_aside(self, command: Command, values: list[Any], named: dict[str, Any], origin: Origin) -> Any:
-        """Run a command that was slow last time, while another thread receives."""
-        origin.make_way()
-        started = time.monotonic()
-        try:
-            return command.function(*values, **named)
-        finally:
-            command.slow = time.monotonic() - started > TICK
-
-    def _failure(self, name: str, error: BaseException) -> CommandError:
-        """Make of what a command raised what its peer may know; the log has the rest."""
-        if isinstance(error, CommandError):
-            return error
-        _note(logging.ERROR, "command %a failed", name, error=error)
-        return _Fault("failed_commands", detail=type(error).__name__)
-
-    def _run_deferring(
-        self,
-        command: Command,
-        arguments: list[tuple[str, Any]],
-        bound: tuple[list[Any], dict[str, Any]],
-        origin: Origin,
-        dialect: str,
-        deliver: Callable[[Any], None],
-    ) -> Any:
-        """Run a command that wants its Request; DELIVER takes the outcome of a Deferred that it returns."""
-        deferreds: list[Deferred] = []
-
-        def finish(deferred: Deferred, outcome: Any) -> None:
-            self._deadlines.discard(deferred)
-            try:
-                if outcome is _DROPPED:
-                    self.count("dropped_deferred")
-                    _note(logging.WARNING, "%a from %s: never answered, dropped", command.name, origin.peer)
-                elif isinstance(outcome, CommandError):
-                    self._blame(outcome, origin)
-                deliver(outcome)
-            finally:
-                origin.release(deferred)
-
-        def defer(timeout: float) -> Deferred:
-            deferred = Deferred(origin, timeout, finish)
-            deferreds.append(deferred)
-            origin.hold(deferred)
-            self._deadlines.add(deferred)
-            return deferred
-
-        request = Request(command.name, arguments, origin.peer, dialect, defer)
-        outcome: Any = None
-        try:
-            outcome = self._run(command, [request, *bound[0]], bound[1], origin)
-        finally:
-            for deferred in deferreds:
-                if deferred is not outcome and deferred.cancel():
-                    self._deadlines.discard(deferred)
-                    origin.release(deferred)
-        return outcome
-
-    # ---- the line dialect
-
-    def _perform_line(self, data: bytes, origin: Origin) -> Any:
-        """Give what the command returns, or raise a CommandError."""
-        limit = origin.settings.limit
-        if len(data) > limit:
-            self._refuse("too_long_requests", f"more than {limit} bytes", origin)
-        first_line, separator, rest = data.partition(b"\n")
-        command = self._first_lines.get(first_line)
-        if command is None or not separator:
-            self._refuse_first_line(data, origin)
-        if origin.settings.authorize is not None:
-            self._authorize(command.name, origin)
-        origin.command = command
-        try:
-            arguments = _parse_arguments(command.name, rest.decode("utf-8", "surrogateescape"))
-        except RequestError as error:
-            raise _Fault("parse_errors", detail=error) from None
-        values, named = command.bind_arguments(arguments)
-        if not command.pass_request:
-            return self._run(command, values, named, origin)
-
-        def deliver(outcome: Any) -> None:
-            reply = self._finish_line(outcome, origin)
-            if reply is not None:
-                origin.send(reply)
-
-        return self._run_deferring(command, arguments, (values, named), origin, "line", deliver)
-
-    def _refuse_first_line(self, data: bytes, origin: Origin) -> typing.NoReturn:
-        try:
-            name, _ = _parse_first_line(data)
-        except RequestError as error:
-            self._refuse("invalid_requests", error, origin)
-        self._authorize(name, origin)
-        raise _Fault("unknown_commands", detail=name)
-
-    def _finish_line(self, outcome: Any, origin: Origin) -> bytes | None:
-        """Write what a command returned as a reply that fits."""
-        settings = origin.settings
-        try:
-            if isinstance(outcome, CommandError):
-                raise outcome
-            reply = format_reply(outcome, settings.indent)
-            if len(reply) > settings.limit:
-                raise self._too_long(len(reply), origin)
-            return reply
-        except CommandError as error:
-            return self._finish_error(error, origin)
-        except Exception as error:  # a value whose str() raises, a tree without an end
-            return self._finish_error(self._blame(self._failure("reply", error), origin), origin)
-
-    def _finish_error(self, error: CommandError, origin: Origin) -> bytes | None:
-        """Write an error reply; None for a peer that gets none."""
-        settings = origin.settings
-        if error is _DROPPED or (settings.silent and isinstance(error, _Fault) and error.kind == "forbidden"):
-            return None
-        try:
-            reply = format_reply(Reply(error.code, error.reason))
-        except Exception as failure:  # a reason that has no bytes
-            return self._finish_error(self._blame(self._failure("reply", failure), origin), origin)
-        return reply if len(reply) <= settings.limit else self._finish_error(self._too_long(len(reply), origin), origin)
-
-    def _too_long(self, length: int, origin: Origin) -> CommandError:
-        detail = f"{length} bytes, {origin.settings.limit} allowed"
-        return self._blame(_Fault("too_long_replies", detail=detail), origin)
-
-    # ---- the JSON-RPC 2.0 dialect
-
-    def _respond_json(self, data: bytes, origin: Origin) -> bytes | None:
-        try:
-            if len(data) > origin.settings.limit:
-                if b'"method"' not in data:
-                    self.count("not_requests")  # as far as one can see, somebody's long answer
-                    return None
-                self._refuse("too_long_requests", f"more than {origin.settings.limit} bytes", origin)
-            try:
-                document = _decode_json(data.decode())
-            except (ValueError, RecursionError) as error:
-                self._refuse("parse_errors", error, origin)
-            calls = document if isinstance(document, list) else [document]
-            if any([_is_answer(call) for call in calls]):
-                self.count("not_requests")
-                return None
-            if not 1 <= len(calls) <= BATCH:
-                self._refuse("invalid_requests", f"{len(calls)} calls, 1 to {BATCH} allowed", origin)
-        except CommandError as error:
-            text = self._finish_json(None, self._blame(error, origin), origin)
-            return None if text is None else text.encode()
-        answers = _Answers(len(calls), isinstance(document, list), functools.partial(self._join_json, origin))
-        for index, call in enumerate(calls):
-            put = functools.partial(answers.put, index)
-            try:
-                outcome = self._perform_json(call, origin, put)
-            except CommandError as error:
-                outcome = self._blame(error, origin)
-            if outcome.__class__ is not Deferred:
-                put(self._finish_json(call, outcome, origin))
-        return answers.rest_is_late(origin.send)
-
-    def _perform_json(self, call: Any, origin: Origin, put: Callable[[str | None], None]) -> Any:
-        """Give what the command returns, or raise a CommandError."""
-        if not _is_call(call):
-            self._refuse("invalid_requests", "no Request object", origin)
-        name = call["method"]
-        self._authorize(name, origin)
-        command = self.commands.get(name)
-        if command is None:
-            raise _Fault("unknown_commands", detail=name)
-        origin.command = command
-        params = call.get("params", [])
-        values, named = ([], dict(params)) if isinstance(params, dict) else (list(params), {})
-        arguments = [("", value) for value in values] + list(named.items())
-        command.bind(values, named, "json")
-        if not command.pass_request:
-            return self._run(command, values, named, origin)
-
-        def deliver(outcome: Any) -> None:
-            put(self._finish_json(call, outcome, origin))
-
-        return self._run_deferring(command, arguments, (values, named), origin, "json", deliver)
-
-    def _finish_json(self, call: Any, outcome: Any, origin: Origin) -> str | None:
-        """Write the outcome of a call as an answer that fits; None for a call that gets none."""
-        settings = origin.settings
-        if outcome is _DROPPED or (_is_call(call) and "id" not in call):
-            return None
-        if settings.silent and isinstance(outcome, _Fault) and outcome.kind == "forbidden":
-            return None
-        member, value = _json_member(outcome)
-        answer = {"jsonrpc": "2.0", member: value, "id": _json_id(call)}
-        try:
-            text = _json_encoder(settings.json_indent)(answer)
-        except Exception as error:  # what JSON cannot say
-            return self._finish_json(call, self._blame(self._failure("reply", error), origin), origin)
-        if len(text) <= settings.limit:
-            return text
-        answer = {"jsonrpc": "2.0", "error": _json_error(self._too_long(len(text), origin)), "id": _json_id(call)}
-        text = _json_encoder(None)(answer)
-        return text if len(text) <= settings.limit else _json_encoder(None)({**answer, "id": None})
-
-    def _join_json(self, origin: Origin, texts: list[str]) -> bytes | None:
-        """Join the answers of a batch if they fit together."""
-        text = "[" + ",".join(texts) + "]"
-        if texts and len(text) > origin.settings.limit:
-            text = self._finish_json(None, self._too_long(len(text), origin), origin) or ""
-        return text.encode() if texts else None
-
-
-class _Answers:
-    """Collects the answers to the calls of one datagram, in their order, late ones included."""
-
-    def __init__(self, count: int, is_batch: bool, join: Callable[[list[str]], bytes | None]) -> None:
-        self._texts: list[str | None] = [None] * count
-        self._open = count + 1  # one more for the thread that puts the prompt ones
-        self._is_batch = is_batch
-        self._join = join
-        self._send: Callable[[bytes], object] | None = None
-        self._lock = threading.Lock()
-
-    def put(self, index: int, text: str | None) -> None:
-        """Put the answer of the call INDEX, None for no answer; the last one has them sent."""
-        self._texts[index] = text
-        reply = self._close()
-        if reply is not None and self._send is not None:
-            self._send(reply)
-
-    def rest_is_late(self, send: Callable[[bytes], object]) -> bytes | None:
-        """Give the reply if it is complete; otherwise it goes to SEND once it is."""
-        self._send = send
-        return self._close()
-
-    def _close(self) -> bytes | None:
-        with self._lock:
-            self._open -= 1
-            if self._open:
-                return None
-        texts = [text for text in self._texts if text is not None]
-        if self._is_batch:
-            return self._join(texts)
-        return texts[0].encode() if texts else None
 
 
 # ------------------------------------------------------------ core commands ----
@@ -1776,8 +1730,8 @@ def parse_socket_name(name: str) -> str | tuple[str, int]:
 # ------------------------------------------------------------------ handler ----
 
 
-class Handler(socketserver.BaseRequestHandler, Origin):
-    """Answers one datagram: has it parsed, run and formatted by the Interface, and replies."""
+class Handler(socketserver.BaseRequestHandler, Exchange):
+    """Answers one datagram: the Exchange with a peer on a server's socket."""
 
     server: _Serving
     request: tuple[bytes, socket.socket, bytes | None]
@@ -1791,8 +1745,8 @@ class Handler(socketserver.BaseRequestHandler, Origin):
     def handle(self) -> None:
         server = self.server
         server.current = self  # what the watcher looks at
-        self.settings = server.settings
-        reply = server.interface.respond(self.request[0], self)
+        self.service = server.service
+        reply = self.answer(self.request[0])
         if reply is not None:
             self.send(reply)
 
@@ -1805,8 +1759,10 @@ class Handler(socketserver.BaseRequestHandler, Origin):
 
     def hold(self, deferred: Deferred) -> None:
         self.server.hold(deferred, self, time.monotonic())
+        super().hold(deferred)
 
     def release(self, deferred: Deferred) -> None:
+        super().release(deferred)
         self.server.release(deferred)
 
 
@@ -1880,10 +1836,10 @@ class _Serving(socketserver.BaseServer):
         if values["children_count"] > 1:
             raise _wrong("children_count", values["children_count"], "only python -m mi_datagram has children")
         self.interface = interface
-        self.settings = Settings(values, authorize, silent=isinstance(self, UDPServer))
+        self.service = Service(interface, values, authorize, silent=isinstance(self, UDPServer))
         self.current: Handler | None = None
         self._timeout: float = values["socket_timeout"] / 1000
-        self._buffer = self.settings.limit + 1  # bytes: one more shows that a request is too long
+        self._buffer = self.service.limit + 1  # bytes: one more shows that a request is too long
         self._max_workers: int = values["max_threads"] - 1
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -1992,7 +1948,7 @@ class _Serving(socketserver.BaseServer):
             late = [owner for owner in self._owners if isinstance(owner, Deferred)]
         for deferred in late:
             deferred.drop()
-        self.interface.settle()
+        self.interface.deadlines.settle()
         with self._change:
             for descriptor in self._wake or ():
                 os.close(descriptor)
@@ -2302,7 +2258,7 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
     def _prepare(self, sock: Socket) -> None:
         super()._prepare(sock)
         host = self.server_address[0]
-        if self.settings.authorize is None and not (host == "::1" or host.startswith("127.")):  # type: ignore[arg-type]
+        if self.service.authorize is None and not (host == "::1" or host.startswith("127.")):  # type: ignore[arg-type]
             _note(logging.WARNING, "%s is open to everybody who reaches it: there is no authorize", self.socket_name)
 
     @property
