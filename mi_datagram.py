@@ -2570,7 +2570,7 @@ class Client:
             if isinstance(error, (ConnectionError, FileNotFoundError)):
                 raise SocketError(f"nobody listens on {self.socket_name}") from None
             if isinstance(error, OSError) and not isinstance(error, Error):
-                raise SocketError(f"{self.socket_name}: {error.strerror}") from None
+                raise SocketError(f"{self.socket_name}: {error.strerror or error}") from None
             raise
 
     def _connected(self) -> socket.socket:
@@ -2593,7 +2593,10 @@ class Client:
         name = f"mi_datagram.{os.getpid()}.{os.urandom(8).hex()}"
         if sys.platform == "linux" and self._reply_dir is None:
             return "\0" + name
-        self._folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
+        try:
+            self._folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
+        except (OSError, ValueError) as error:
+            raise SocketError(f"reply_dir {self._reply_dir!a}: {getattr(error, 'strerror', error)}") from None
         os.chmod(self._folder, 0o711)  # the server may run as somebody else
         return os.path.join(self._folder, "reply")
 

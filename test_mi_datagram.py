@@ -2855,6 +2855,26 @@ def test_reply_that_went_out_is_not_counted_as_lost(folder, monkeypatch):
         assert (count(server, "replies"), count(server, "dropped_errors"), len(made)) == (1, 0, 2)
 
 
+def test_reply_dir_is_where_the_replies_come_to(folder):
+    """With `reply_dir` the client's socket is a file in a folder made there, and both are gone afterwards."""
+    seen = []
+    mi = interface()
+    mi.command(lambda request: seen.append(request.peer.address), name="note", pass_request=True)
+    (folder / "replies").mkdir()
+    with serving(mi, folder / "s") as server, Client(server.socket_name, reply_dir=str(folder / "replies")) as client:
+        assert client.call("note").code == 200
+        assert client.call_json("note") == "OK"
+    assert seen[0] == seen[1] and Path(seen[0]).parent.parent == folder / "replies"
+    assert not os.listdir(folder / "replies")
+
+
+@pytest.mark.parametrize("reply_dir", ["/missing", "a\0b", "\udc00" * 3, "x" * 300])
+def test_reply_dir_that_is_none_is_named(folder, reply_dir):
+    """A `reply_dir` where no folder can be made is a SocketError that names it."""
+    with Client(str(folder / "s"), reply_dir=reply_dir) as client, pytest.raises(mi_datagram.SocketError, match="reply_dir"):
+        client.call("nothing")
+
+
 HOSTILE_ANSWERS = [
     b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":2,"result":1}',
 ]  # fmt: skip
