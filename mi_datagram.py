@@ -1736,11 +1736,18 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
     server: _Serving
     request: tuple[bytes, socket.socket, bytes | None]
     answered = False  # from just before the reply is sent
+    owners = 0  # how many threads and Deferreds hold this for longer than a TICK
+    since = 0.0  # when the last of them began to
 
     @property
     def peer(self) -> Peer:
         """Who sent the request; made when somebody asks, as few do."""
         return Peer(self.client_address, self.request[2])
+
+    @property
+    def key(self) -> Any:
+        """What a retransmission has in common with this request."""
+        return self.request[0], self.client_address
 
     def handle(self) -> None:
         server = self.server
@@ -1758,7 +1765,7 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
         self.server.make_way()
 
     def hold(self, deferred: Deferred) -> None:
-        self.server.hold(deferred, self, time.monotonic())
+        self.server.hold(deferred, self)
         super().hold(deferred)
 
     def release(self, deferred: Deferred) -> None:
@@ -1854,8 +1861,8 @@ class _Serving(socketserver.BaseServer):
         self._workers: set[threading.Thread] = set()
         self._spares = 0
         self._waiting: set[Any] = set()  # the clients that a reply waits for
-        self._owners: dict[Any, Any] = {}  # worker or Deferred -> the request that it still works on
-        self._held: dict[Any, tuple[Handler, float]] = {}  # such a request -> its handler, and since when
+        self._owners: dict[Any, Handler] = {}  # worker or Deferred -> the handler that it still works for
+        self._held: dict[Any, Handler] = {}  # such a handler by its datagram and peer
         self._wake: tuple[int, int] | None = None
         self.remove_file: Callable[[], object] = lambda: None  # if there is one and it is still ours
         if not (MSG_DONTWAIT and hasattr(select, "poll")):
@@ -2088,7 +2095,7 @@ class _Serving(socketserver.BaseServer):
         with self._lock:
             if self._leader == get_ident():
                 if self.current is not None:
-                    self.hold(threading.current_thread(), self.current, time.monotonic())
+                    self.hold(threading.current_thread(), self.current)
                 self._hand_over()
 
     def _wait(self, me: int) -> None:
@@ -2132,22 +2139,26 @@ class _Serving(socketserver.BaseServer):
         if self.current is not None and leader is not None:
             if self.current.command is not None:
                 self.current.command.slow = True
-            self.hold(leader, self.current, time.monotonic() - TICK)
+            self.hold(leader, self.current)
+            self.current.since -= TICK  # so long has it been at work already
         self._hand_over()
 
-    def hold(self, owner: Any, handler: Handler, since: float) -> None:
+    def hold(self, owner: Any, handler: Handler) -> None:
         """Remember that a worker or a Deferred still works on the request of HANDLER."""
-        key = (handler.request[0], handler.client_address)
         with self._lock:
-            self._owners[owner] = key
-            self._held[key] = (handler, since)
+            self._owners[owner] = handler
+            self._held[handler.key] = handler
+            handler.owners += 1
+            handler.since = time.monotonic()
 
     def release(self, owner: Any) -> None:
         """Forget it again."""
         with self._lock:
-            key = self._owners.pop(owner, None)
-            if key is not None and key not in self._owners.values():
-                self._held.pop(key, None)
+            handler = self._owners.pop(owner, None)
+            if handler is not None:
+                handler.owners -= 1
+                if not handler.owners and self._held.get(handler.key) is handler:
+                    del self._held[handler.key]
             self._change.notify_all()
 
     # ---- one datagram
@@ -2282,9 +2293,8 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
 
         A client that has its reply may ask the same again, so what is answered does not count.
         """
-        with self._lock:
-            handler, since = self._held.get(key, (None, 0.0))
-        return handler is not None and not handler.answered and time.monotonic() - since >= TICK
+        handler = self._held.get(key)
+        return handler is not None and not handler.answered and time.monotonic() - handler.since >= TICK
 
 
 def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
@@ -2640,7 +2650,8 @@ class _Signals:
         os.set_blocking(self._writing, False)
         signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+            if not (number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN):  # a script's `... &`
+                signal.signal(number, lambda *_: None)
 
     def wait(self) -> int:
         """Give the number of the next signal, or 0 at the end of what wake_after() was given."""

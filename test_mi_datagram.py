@@ -64,6 +64,7 @@ from mi_datagram import Client, CommandError, Interface, Node, Reply
 
 MODULE = HERE / "mi_datagram.py"
 DEADLINE = 20  # s after which what a test waits for counts as not happening
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background would have it ignored, here and below
 
 # ------------------------------------------------------------------ helpers ----
 
@@ -3137,6 +3138,16 @@ def manager(name):
         yield sock, {"NOTIFY_SOCKET": name}
 
 
+@contextlib.contextmanager
+def ignoring_sigint():
+    """Have SIGINT ignored by the processes started meanwhile."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def end(server, how, path):
     """Tell a server of a process group of its own to end."""
     if how == "kill":
@@ -3394,6 +3405,17 @@ def test_ctrl_c(folder, words, before, keys, status):
         assert not (folder / "own").exists()
         with contextlib.suppress(FileNotFoundError):
             held.unlink()
+
+
+def test_ctrl_c_that_is_ignored_stays_so(folder):
+    """A server that a script started in the background, with SIGINT ignored, serves on after a Ctrl-C there."""
+    with ignoring_sigint(), process("-s", folder / "s") as server:
+        server.send_signal(signal.SIGINT)
+        ignored = re.search(r"SigIgn:\s+(\w+)", Path(f"/proc/{server.pid}/status").read_text())[1]
+        assert int(ignored, 16) >> (signal.SIGINT - 1) & 1 and values(folder / "s", "pwd")
+        server.terminate()
+        assert server.wait(DEADLINE) == 0
+
 
 
 # ---- life and death
