@@ -191,10 +191,13 @@ def _note(level: int, text: str, *arguments: object, error: BaseException | None
 
 
 def _traceback(error: BaseException) -> str:
-    import traceback
+    try:
+        import traceback
 
-    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__)).split("\n")
-    shown = ["".join([c if c.isprintable() else ascii(c)[1:-1] for c in line]) for line in lines if line]
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception:  # it reads files, and there may be no descriptor left
+        text = f"{type(error).__name__}: {error}"
+    shown = ["".join([c if c.isprintable() else ascii(c)[1:-1] for c in line]) for line in text.split("\n") if line]
     return "\n    | ".join(["", *shown])
 
 
@@ -2705,8 +2708,12 @@ class _Children:
     """The parent of `children_count` processes that serve one socket.
 
     The parent forks them before any thread starts, supervises, and serves nothing. What they share
-    is a row of counters for each child, one for resets, and one of facts: the
-    log level, then two cells for each child, its PID and whether it has served.
+    is a row of counters for each child, one for resets, and one of facts: the log level, then two
+    cells for each child, its PID and whether it has served.
+
+    They share the socket too, over UDP as well. With one SO_REUSEPORT socket each, throughput is
+    the same, but the kernel deals out the peers: those of a child that computes wait for it
+    (measured: p99 20 to 30 ms, 2 ms with one socket), and a child that dies takes its queue along.
     """
 
     def __init__(self, server: UnixServer | UDPServer, count: int) -> None:

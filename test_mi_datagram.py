@@ -2821,6 +2821,20 @@ def test_batch_is_answered_when_its_last_call_is(folder):
         assert [answer["result"] for answer in json.loads(sock.recv(1000))] == [1, 2] and len(deferred) == 2
 
 
+def test_failure_that_has_no_traceback_is_logged(monkeypatch, caplog):
+    """Where no traceback can be made, for want of a descriptor, the log still says what a command raised."""
+    mi = interface()
+    mi.command(lambda: 1 / 0, name="fails")
+
+    def format_exception(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("traceback.format_exception", format_exception)
+        assert mi.answer(b":fails:\n") == b"500 command failed\n"
+    assert "ZeroDivisionError: division by zero" in caplog.text
+
+
 def test_no_thread_for_a_deadline(monkeypatch):
     """Where no thread can be had to see to a deadline that command fails, and the next Deferred has its deadline."""
     mi = interface()
