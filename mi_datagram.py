@@ -618,19 +618,11 @@ def _boolean(text: str) -> bool:
     raise ValueError(text)
 
 
-_FROM_TEXT: dict[type, Callable[[str], Any]] = {int: _integer, float: float, bool: _boolean, str: str}
+_FROM_TEXT: dict[type, Callable[[str], Any]] = {int: _integer, float: float, bool: _boolean}
 
 
-def _from_text(kind: type, optional: bool) -> Callable[[Any], Any] | None:
-    """Give the converter of a text; "" is None for an optional number or truth value."""
-    convert = _FROM_TEXT[kind]
-    if kind is str:
-        return None
-    return (lambda text: convert(text) if text else None) if optional else convert
-
-
-def _from_json(kind: type, optional: bool) -> Callable[[Any], Any]:
-    """Give the check of a JSON value."""
+def _converter(kind: type, optional: bool, dialect: str) -> Callable[[Any], Any] | None:
+    """Give what converts a text, or checks a JSON value; "" is None for an optional number or truth value."""
     allowed: tuple[type, ...] = (int, float) if kind is float else (kind,)
 
     def check(value: Any) -> Any:
@@ -640,7 +632,12 @@ def _from_json(kind: type, optional: bool) -> Callable[[Any], Any]:
             raise ValueError(value)
         return kind(value)
 
-    return check
+    if dialect == "json":
+        return check
+    if kind is str:
+        return None
+    convert = _FROM_TEXT[kind]
+    return (lambda text: convert(text) if text else None) if optional else convert
 
 
 def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, bool] | None:
@@ -665,25 +662,6 @@ def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, boo
 class Command:
     """One registered command, and how arguments bind to its function."""
 
-    __slots__ = (
-        "_by_name",
-        "_catch_all",
-        "_converters",
-        "_maximum",
-        "_minimum",
-        "_required",
-        "_reserved",
-        "_rest",
-        "core",
-        "doc",
-        "function",
-        "name",
-        "parameters",
-        "pass_request",
-        "read_only",
-        "slow",
-    )
-
     def __init__(self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool) -> None:
         if not isinstance(name, str) or not name or ":" in name or "\n" in name:
             raise ParameterError(f"command name {name!a}: a text without ':' and line breaks is allowed")
@@ -694,71 +672,44 @@ class Command:
         self.core = False  # whether it is one of CORE
         self.doc = inspect.getdoc(function) or ""
         self.slow = False  # whether its last run took longer than a TICK
-        self.parameters = list(inspect.signature(function).parameters.values())
-        self._reserved = self.parameters.pop(0).name if pass_request else None  # no name for an argument
-        self._plan()
-
-    def _plan(self) -> None:
-        """Work out, once, what inspect.Signature.bind would for each request in 3 to 5 µs."""
-        positional = [p for p in self.parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        keyword = [p for p in self.parameters if p.kind is p.KEYWORD_ONLY]
-        kinds = {p.kind: p for p in self.parameters}
-        self._rest = kinds.get(inspect.Parameter.VAR_POSITIONAL)
-        self._catch_all = kinds.get(inspect.Parameter.VAR_KEYWORD)
-        self._maximum = sys.maxsize if self._rest else len(positional)
-        # The position up to which a value by position fills the name; never for keyword-only ones.
-        self._by_name = {p.name: i for i, p in enumerate(positional) if p.kind is p.POSITIONAL_OR_KEYWORD}
-        self._by_name.update({p.name: sys.maxsize for p in keyword})
-        self._required = [(i, p.name) for i, p in enumerate(positional) if p.default is p.empty]
-        self._required += [(sys.maxsize, p.name) for p in keyword if p.default is p.empty]
-        self._minimum = max([position + 1 for position, _ in self._required], default=0)
-        self._converters = {"line": self._convert_with(_from_text), "json": self._convert_with(_from_json)}
-
-    def _convert_with(self, make: Callable[[type, bool], Callable[[Any], Any] | None]) -> list[tuple[Any, ...]]:
-        """List (position, parameter, converter) of those parameters that have one."""
-        converters = []
-        for position, parameter in enumerate(self.parameters):
-            known = _annotated(self.function, parameter.annotation)
-            convert = None if known is None else make(*known)
-            if convert is not None:
-                converters.append((position, parameter, convert))
-        return converters
+        self._pass_request = ["the Request"] if pass_request else []
+        self._signature = inspect.signature(function)
+        self.parameters = list(self._signature.parameters.values())[len(self._pass_request) :]
+        self._named = {p.name for p in self.parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        self._required = {p.name for p in self.parameters if p.default is p.empty and p.kind not in stars}
+        self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
+        self._plan = functools.lru_cache(maxsize=16)(self._match)
 
     def bind(self, values: list[Any], named: dict[str, Any], dialect: str) -> None:
         """Check VALUES and NAMED against the signature and convert them in place, or raise a _Fault."""
-        count = len(values)
-        if count > self._maximum:
-            raise _Fault("bad_arguments", "Too few or too many parameters")
-        if named or count < self._minimum:
-            self._bind_names(count, named)
-        if self._converters[dialect]:
-            self._convert(values, named, self._converters[dialect])
-
-    def _convert(self, values: list[Any], named: dict[str, Any], converters: list[tuple[Any, ...]]) -> None:
-        for position, parameter, convert in converters:
+        plan = self._plan if len(values) + len(named) < 16 else self._match  # no peer fills the memory
+        for place, parameter, convert in plan(len(values), tuple(named), dialect):
+            holder: Any = values if place.__class__ is int else named
             try:
-                if parameter is self._rest:
-                    values[position:] = [convert(value) for value in values[position:]]
-                elif parameter is self._catch_all:
-                    for name in named.keys() - self._by_name.keys():
-                        named[name] = convert(named[name])
-                elif parameter.name in named and parameter.name in self._by_name:
-                    named[parameter.name] = convert(named[parameter.name])
-                elif position < len(values) and parameter.kind is not parameter.KEYWORD_ONLY:
-                    values[position] = convert(values[position])
+                holder[place] = convert(holder[place])
             except (ValueError, OverflowError):
-                raise _Fault("bad_parameters", parameter.name) from None
+                raise _Fault("bad_parameters", parameter) from None
 
-    def _bind_names(self, count: int, named: dict[str, Any]) -> None:
-        by_name = self._by_name
-        for name in named:
-            position = by_name.get(name)
-            if (self._catch_all is None or name == self._reserved) if position is None else position < count:
-                raise _Fault("bad_arguments", "Named parameters do not match")
-        for position, name in self._required:
-            if position >= count and not (name in named and name in by_name):
-                reason = "Named parameters do not match" if named else "Too few or too many parameters"
-                raise _Fault("bad_arguments", reason)
+    def _match(self, count: int, names: tuple[str, ...], dialect: str) -> list[tuple[Any, str, Callable[[Any], Any]]]:
+        """List (index or name, parameter, converter) of what is to be converted in calls of this shape.
+
+        Signature.bind costs 3 to 5 µs, so once for all calls that are alike; it is given the
+        places of the values in the stead of the values.
+        """
+        try:
+            bound = self._signature.bind(*self._pass_request, *range(count), **{name: name for name in names})
+        except TypeError:
+            reason = "Named parameters do not match" if names else "Too few or too many parameters"
+            raise _Fault("bad_arguments", reason) from None
+        plan = []
+        for parameter, known in self._kinds.items():
+            convert = _converter(*known, dialect)
+            if convert is not None and parameter in bound.arguments:
+                places = bound.arguments[parameter]  # of **names a dict of them
+                places = list(places) if isinstance(places, (tuple, dict)) else [places]
+                plan += [(place, parameter, convert) for place in places]
+        return plan
 
     def part(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
         """Part the arguments of the line dialect into values by position and by name."""
@@ -767,7 +718,7 @@ class Command:
         for name, value in arguments:
             if not name:
                 values.append(value)
-            elif name in named and name in self._by_name:
+            elif name in named and name in self._named:
                 raise _Fault("bad_arguments", "Named parameters do not match")
             else:
                 named[name] = value
@@ -776,24 +727,18 @@ class Command:
     def overloads(self) -> list[list[str]]:
         """List the lists of parameter names that a call may have, shortest first."""
         names = [p.name for p in self.parameters if p.kind is not p.VAR_KEYWORD]
-        required = {name for _, name in self._required}
-        most = [name for name in names if name in required]
-        lists = [most]
-        for name in names:
-            if name not in required:
-                most = [n for n in names if n in most or n == name]
-                lists.append(most)
-        return lists
+        optional = [name for name in names if name not in self._required]
+        lists = [{*self._required, *optional[:more]} for more in range(len(optional) + 1)]
+        return [[name for name in names if name in one] for one in lists]
 
     def usage(self) -> str:
         """Write the call as a line to type: required parameters bare, others in brackets."""
         words = [self.name]
-        required = {name for _, name in self._required}
         for p in self.parameters:
             word = p.name.upper() if p.kind is not p.KEYWORD_ONLY else f"{p.name}::{p.name.upper()}"
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 word = f"[{word if p.kind is p.VAR_POSITIONAL else 'NAME::VALUE'}]..."
-            elif p.name not in required:
+            elif p.name not in self._required:
                 word = f"[{word}]"
             words.append(word)
         return " ".join(words)
