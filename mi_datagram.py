@@ -317,68 +317,40 @@ def _parse_first_line(data: bytes) -> tuple[str, str]:
     return name, text
 
 
+# An argument as it stands: what is before a quote, the quote and what is in it, the closing quote, what is behind.
+_ARGUMENT = re.compile(r'([^"\n]*)(?:("[^"]*(?:(?<=\\)"[^"]*)*)("?)([^\n]*))?(?:\n|\Z)')
+
+
 def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
     """Read the (name, value) pairs behind the first line of COMMAND."""
     arguments = []
-    lines = _logical_lines(text) if '"' in text else text.split("\n")
+    pieces = _ARGUMENT.findall(text) if '"' in text else [(line, "", "", "") for line in text.split("\n")]
     try:
-        for line in lines:
-            if '"' in line:
-                arguments.append(_parse_quoted(line))
-            elif "::" in line:
-                name, _, value = line.partition("::")
-                name, value = name.strip(WHITE), value.strip(WHITE)
-                if not (name or value):
-                    raise RequestError("neither name nor value", 0)
-                arguments.append((name, value))
-            else:
-                value = line.strip(WHITE)
+        for piece in pieces:
+            before, quoted, closing, behind = piece
+            name, value = "", before
+            if "::" in before:
+                name, _, value = before.partition("::")
+                name = name.strip(WHITE)
+            value = value.strip(WHITE)
+            if quoted:
                 if value:
-                    arguments.append(("", value))
+                    raise RequestError("quote inside a value", len(before))
+                if not closing:
+                    raise RequestError("quote not closed", len(before))
+                if behind.strip(WHITE):
+                    raise RequestError("text behind a closing quote", len(before + quoted) + 1)
+                arguments.append((name, quoted[1:].replace('\\"', '"')))
+            elif name or value:
+                arguments.append((name, value))
+            elif before.strip(WHITE):
+                raise RequestError("neither name nor value", 0)
     except RequestError as error:
-        # An equal line before this one would have failed first, so index() finds this one.
-        before = [":" + command + ":", *lines[: lines.index(line)], line[: error.position]]
-        raise RequestError(error.reason, len("\n".join(before).encode("utf-8", "surrogateescape"))) from None
+        # An equal piece before this one would have failed first, so index() finds this one.
+        pieces[pieces.index(piece) :] = ["".join(piece)[: error.position]]
+        position = len("\n".join([f":{command}:", *map("".join, pieces)]).encode("utf-8", "surrogateescape"))
+        raise RequestError(error.reason, position) from None
     return arguments
-
-
-def _logical_lines(text: str) -> list[str]:
-    """Split TEXT at the line breaks that are not inside quotes."""
-    lines = []
-    position = 0
-    while position < len(text):
-        end = text.find("\n", position) % (len(text) + 1)  # its end where there is none
-        opening = text.find('"', position, end)
-        if opening >= 0:
-            closing = _closing_quote(text, opening)
-            end = text.find("\n", closing) % (len(text) + 1) if closing > 0 else len(text)
-        lines.append(text[position:end])
-        position = end + 1
-    return lines
-
-
-def _closing_quote(text: str, opening: int) -> int:
-    """Find the quote that closes the one at OPENING; -1 where there is none."""
-    closing = text.find('"', opening + 1)
-    while closing > 0 and text[closing - 1] == "\\":
-        closing = text.find('"', closing + 1)
-    return closing
-
-
-def _parse_quoted(line: str) -> tuple[str, str]:
-    """Read an argument with a quoted value; a RequestError has the position in LINE."""
-    opening = line.index('"')
-    name, separator, before = line[:opening].partition("::")
-    if not separator:
-        name, before = "", name
-    if before.strip(WHITE):
-        raise RequestError("quote inside a value", opening)
-    closing = _closing_quote(line, opening)
-    if closing < 0:
-        raise RequestError("quote not closed", opening)
-    if line[closing + 1 :].strip(WHITE):
-        raise RequestError("text behind a closing quote", closing + 1)
-    return name.strip(WHITE), line[opening + 1 : closing].replace('\\"', '"')
 
 
 def format_request(command: str, /, *values: object, **named: object) -> bytes:
@@ -684,7 +656,7 @@ class Command:
     def bind(self, values: list[Any], named: dict[str, Any], dialect: str) -> None:
         """Check VALUES and NAMED against the signature and convert them in place, or raise a _Fault."""
         plan = self._plan if len(values) + len(named) < 16 else self._match  # no peer fills the memory
-        for place, parameter, convert in plan(len(values), tuple(named), dialect):
+        for place, parameter, convert in plan(len(values), (*named,), dialect):
             holder: Any = values if place.__class__ is int else named
             try:
                 holder[place] = convert(holder[place])
