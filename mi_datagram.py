@@ -2951,67 +2951,43 @@ def _say(text: str) -> None:
     print(f"mi_datagram: {text}", file=sys.stderr)
 
 
-def _client_parser(command: str) -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Make the parser of `call`, of `shell`, or of serving (""); each option is spelt --a_b and --a-b.
+
+    Serving, `settings` are (parameter, value) pairs in their order, ("config", file) among them.
+    """
     import argparse
 
-    parser = argparse.ArgumentParser(f"mi_datagram {command}", usage=USAGE, allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "-s",
-        "--socket_name",
-        "--socket-name",
-        default=DEFAULT_SOCKET,
-        metavar="NAME",
-        help="/path, ./path or udp:HOST:PORT",
-    )
-    add(
-        "--timeout",
-        default=SOCKET_TIMEOUT,
-        metavar="MS",
-        help=f"how long to wait for a reply (default {SOCKET_TIMEOUT})",
-    )
-    add("--reply_dir", "--reply-dir", metavar="DIR", help="where to make the socket that replies come to")
+    parser = argparse.ArgumentParser(f"mi_datagram {command}".rstrip(), usage=USAGE, allow_abbrev=False)
+
+    def add(names: str, meaning: str, **keywords: Any) -> None:
+        *short, name = names.split()
+        options = dict.fromkeys([*short, f"--{name}", "--" + name.replace("_", "-")])
+        parser.add_argument(*options, help=meaning, **{"dest": name, **keywords})
+
+    def add_list(name: str, meaning: str, metavar: str, **keywords: Any) -> None:
+        add(name, meaning, metavar=metavar, action="append", default=[], **keywords)
+
+    def add_setting(names: str, meaning: str, metavar: str = "VALUE") -> None:
+        add_list(names, meaning, metavar, dest="settings", type=lambda value: (names.split()[-1], value))
+
+    if command:
+        add("-s socket_name", "/path, ./path or udp:HOST:PORT", default=DEFAULT_SOCKET, metavar="NAME")
+        add("timeout", f"how long to wait for a reply (default {SOCKET_TIMEOUT})", default=SOCKET_TIMEOUT, metavar="MS")
+        add("reply_dir", "where to make the socket that replies come to", metavar="DIR")
+    else:
+        add_setting("-s socket_name", "/path, ./path or udp:HOST:PORT; the last one wins", "NAME")
+        add_list("load", "serve its Interface called mi, or NAME", "MODULE_OR_FILE[:NAME]")
+        add_setting("config", 'read the modparam("mi_datagram", ...) lines of a file', "FILE")
+        add_list("allow_network", "the UDP peers to let in", "NETWORK")
+        add_list("allow_user", "whom to let in on a UNIX socket", "USER")
+        add("-v verbose", "log more; twice: everything", action="count", default=0)
+        for name, (default, _) in PARAMETERS.items():
+            add_setting(name, f"default {oct(default) if name == 'unix_socket_mode' else repr(default)}")
     if command == "call":
-        add(
-            "--json",
-            action="store_true",
-            help="ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such",
-        )
-        add("command", metavar="COMMAND")
-        add("arguments", nargs=argparse.REMAINDER, metavar="VALUE | NAME::VALUE | ::VALUE")
-    return parser
-
-
-def _server_parser() -> argparse.ArgumentParser:
-    """Parse into `settings`: (parameter, value) pairs in their order, ("config", file) among them."""
-    import argparse
-
-    class Setting(argparse.Action):
-        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-            namespace.settings = [*namespace.settings, (self.dest, values)]
-
-    parser = argparse.ArgumentParser("mi_datagram", usage=USAGE, allow_abbrev=False)
-    parser.set_defaults(settings=[])
-
-    def add(name: str, *more: str, **keywords: Any) -> None:
-        options = dict.fromkeys([*more, f"--{name}", "--" + name.replace("_", "-")])
-        parser.add_argument(*options, dest=name, **keywords)
-
-    add("socket_name", "-s", action=Setting, metavar="NAME", help="/path, ./path or udp:HOST:PORT; the last one wins")
-    add(
-        "load",
-        action="append",
-        default=[],
-        metavar="MODULE_OR_FILE[:NAME]",
-        help="serve its Interface called mi, or NAME",
-    )
-    add("config", action=Setting, metavar="FILE", help='read the modparam("mi_datagram", ...) lines of a file')
-    add("allow_network", action="append", default=[], metavar="NETWORK", help="the UDP peers to let in")
-    add("allow_user", action="append", default=[], metavar="USER", help="whom to let in on a UNIX socket")
-    add("verbose", "-v", action="count", default=0, help="log more; twice: everything")
-    for name, (default, _) in PARAMETERS.items():
-        shown = oct(default) if name == "unix_socket_mode" else default
-        add(name, action=Setting, metavar="VALUE", help=f"default {shown!r}")
+        add("json", "ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such", action="store_true")
+        parser.add_argument("command", metavar="COMMAND")
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="VALUE | NAME::VALUE | ::VALUE")
     return parser
 
 
@@ -3106,12 +3082,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] in (["call"], ["shell"]):
-            options = _client_parser(arguments[0]).parse_args(arguments[1:])
+            options = _parser(arguments[0]).parse_args(arguments[1:])
             with Client(options.socket_name, options.timeout, options.reply_dir) as client:
                 if arguments[0] == "shell":
                     return _Shell(client).run()
                 return _run_words(client, [options.command, *options.arguments], options.json)
-        options = _server_parser().parse_args(arguments)
+        options = _parser("").parse_args(arguments)
         level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         audit.setLevel(logging.INFO)
