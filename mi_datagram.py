@@ -37,8 +37,10 @@ import dataclasses
 import errno
 import functools
 import inspect
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -50,6 +52,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import types
 import typing
 import weakref
@@ -192,8 +195,6 @@ def _note(level: int, text: str, *arguments: object, error: BaseException | None
 
 def _traceback(error: BaseException) -> str:
     try:
-        import traceback
-
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception:  # it reads files, and there may be no descriptor left
         text = f"{type(error).__name__}: {error}"
@@ -494,13 +495,9 @@ def parse_reply(data: bytes) -> Reply:
 
 def _finite(text: str) -> float:
     number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError(f"number out of range: {text}")
+    if not math.isfinite(number):  # 1e400, or NaN and Infinity, which are Python's own
+        raise ValueError(f"{text} is no JSON")
     return number
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON")
 
 
 def _plain(value: object) -> Any:
@@ -514,7 +511,7 @@ def _plain(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-_decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant).decode
+_decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
 
 
 @functools.lru_cache(maxsize=8)
@@ -538,7 +535,6 @@ def _is_call(call: Any) -> bool:
         and isinstance(call.get("method"), str)
         and isinstance(call.get("params", []), (list, dict))
         and _json_id(call) == call.get("id")
-        and not isinstance(call.get("id"), bool)
     )
 
 
@@ -548,24 +544,17 @@ def _is_answer(call: Any) -> bool:
 
 
 def _json_error(error: CommandError) -> dict[str, Any]:
-    if isinstance(error, _Fault):
-        member = {"code": error.json_code, "message": error.json_message, "data": error.data}
-    else:
-        member = {"code": error.code, "message": error.reason, "data": error.data}
-    if error.data is None:
-        del member["data"]
-    return member
+    code, message = (error.json_code, error.json_message) if isinstance(error, _Fault) else (error.code, error.reason)
+    return {"code": code, "message": message, **({} if error.data is None else {"data": error.data})}
 
 
 def _json_member(outcome: Any) -> tuple[str, Any]:
     """Give the member that answers: ("result", …) or ("error", …)."""
+    if isinstance(outcome, Reply):
+        data = outcome.nodes or None
+        outcome = data if outcome.ok else CommandError(outcome.code, outcome.reason, data)
     if isinstance(outcome, CommandError):
         return "error", _json_error(outcome)
-    if isinstance(outcome, Reply):
-        if not outcome.ok:
-            nodes = outcome.nodes or None
-            return "error", _json_error(CommandError(outcome.code, outcome.reason, nodes))
-        outcome = outcome.nodes or None
     return "result", "OK" if outcome is None else outcome  # a client takes a falsy result for a failure
 
 
@@ -1435,12 +1424,8 @@ class _Core:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         nodes = []
         for ident, frame in sys._current_frames().items():
-            frames: list[str] = []
-            current: Any = frame
-            while current is not None and len(frames) < FRAMES:
-                code = current.f_code
-                frames.append(f"{code.co_filename}:{current.f_lineno} {code.co_name}")
-                current = current.f_back
+            stack = itertools.islice(traceback.walk_stack(frame), FRAMES)
+            frames = [f"{one.f_code.co_filename}:{line} {one.f_code.co_name}" for one, line in stack]
             nodes.append(Node("Thread", names.get(ident, str(ident)), children=frames))
         return nodes
 
@@ -1455,9 +1440,8 @@ class _Core:
 
     def clear_statistics(self, *names: Any, statistics: Any = ()) -> Any:
         """Tell the statistics and count them from zero again."""
-        selected = self._select(names, statistics)
-        values = {name: self._value(name) for name in selected}
-        for name in selected:
+        values = self.get_statistics(*names, statistics=statistics)
+        for name in values:
             self._reset(name)
         return values
 
@@ -2154,10 +2138,7 @@ def _in_signal_handler() -> bool:
     if get_ident() != threading.main_thread().ident:
         return False
     codes = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
-    frame: Any = sys._getframe()
-    while frame is not None and frame.f_code not in codes:
-        frame = frame.f_back
-    return frame is not None
+    return any([frame.f_code in codes for frame, _ in traceback.walk_stack(sys._getframe())])
 
 
 _S = typing.TypeVar("_S", bound=_Serving)
