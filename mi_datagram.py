@@ -804,23 +804,16 @@ class _Deadlines:
 # ---------------------------------------------------------------- answering ----
 
 
+@dataclasses.dataclass
 class Service:
     """An Interface as one server offers it: its commands under that server's limits, looks and access."""
 
-    def __init__(
-        self,
-        interface: Interface,
-        parameters: Mapping[str, Any] | None = None,
-        authorize: Authorize | None = None,
-        silent: bool = False,
-    ) -> None:
-        values = parameters or {}
-        self.interface = interface
-        self.limit: int = values.get("socket_buf_size", SOCKET_BUF_SIZE)  # bytes of a request and of a reply
-        self.indent: str = values.get("reply_indent", "\t")
-        self.json_indent = self.indent if values.get("pretty_printing") else None
-        self.authorize = authorize
-        self.silent = silent  # whether a refused peer gets no reply at all
+    interface: Interface
+    limit: int = SOCKET_BUF_SIZE  # bytes of a request and of a reply
+    indent: str = "\t"
+    json_indent: str | None = None
+    authorize: Authorize | None = None
+    silent: bool = False  # whether a refused peer gets no reply at all
 
 
 class Exchange:
@@ -1747,7 +1740,9 @@ class _Serving(socketserver.BaseServer):
         if values["children_count"] > 1:
             raise _wrong("children_count", values["children_count"], "only python -m mi_datagram has children")
         self.interface = interface
-        self.service = Service(interface, values, authorize, silent=isinstance(self, UDPServer))
+        indent = values["reply_indent"]
+        looks = indent, indent if values["pretty_printing"] else None
+        self.service = Service(interface, values["socket_buf_size"], *looks, authorize, isinstance(self, UDPServer))
         self.current: Handler | None = None
         self._timeout: float = values["socket_timeout"] / 1000
         self._buffer = self.service.limit + 1  # bytes: one more shows that a request is too long
@@ -2252,10 +2247,8 @@ class UnixServer(_Serving, _UnixBase):
         self._file = (path, (status.st_dev, status.st_ino))
         self.remove_file = weakref.finalize(self, _remove_file, *self._file, os.getpid())
         try:
-            if values["unix_socket_user"] is not None or values["unix_socket_group"] is not None:
-                user = -1 if values["unix_socket_user"] is None else values["unix_socket_user"]
-                group = -1 if values["unix_socket_group"] is None else values["unix_socket_group"]
-                os.chown(path, user, group, follow_symlinks=False)
+            owner = [values["unix_socket_user"], values["unix_socket_group"]]
+            os.chown(path, *[-1 if one is None else one for one in owner], follow_symlinks=False)  # -1: as it is
             os.chmod(path, values["unix_socket_mode"])
         except OSError as error:
             raise SocketError(f"socket_name {path!a}: owner or mode cannot be set: {error.strerror}") from None
@@ -2348,16 +2341,13 @@ def _locked_folder(path: str) -> typing.Iterator[None]:
         yield  # a folder that we may write but not read
         return
     try:
-        deadline = time.monotonic() + 1
-        while True:
-            try:
+        for _ in range(200):
+            with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
-                if time.monotonic() > deadline:
-                    _note(logging.WARNING, "%a is locked by somebody else; going on without", folder)
-                    break
-                time.sleep(0.005)
+            time.sleep(0.005)
+        else:
+            _note(logging.WARNING, "%a is locked by somebody else; going on without", folder)
         yield
     finally:
         os.close(descriptor)
