@@ -2596,8 +2596,8 @@ class _Children:
     """The parent of `children_count` processes that serve one socket.
 
     The parent forks them before any thread starts, supervises, and serves nothing. What they share
-    is a row of counters for each child, one for resets, and one of facts: the log level, then two
-    cells for each child, its PID and whether it has served.
+    is a row of counters for each child and one for resets, then rows with each child's PID, with
+    whether it has served, and with the log level.
 
     They share the socket too, over UDP as well. With one SO_REUSEPORT socket each, throughput is
     the same, but the kernel deals out the peers: those of a child that computes wait for it
@@ -2608,30 +2608,27 @@ class _Children:
         import mmap
 
         self.server = server
-        self.count = count
         self.parent = os.getpid()
         self.ending = False
         self.status = 0
-        width = max(len(COUNTERS) + len(FAULTS), 1 + 2 * count)
-        cells = memoryview(mmap.mmap(-1, 8 * width * (count + 2))).cast("q")
-        *self.rows, self.facts = [cells[i * width : (i + 1) * width] for i in range(count + 2)]
-        self.facts[0] = NO_LEVEL
+        width = max(len(COUNTERS) + len(FAULTS), count)
+        cells = memoryview(mmap.mmap(-1, 8 * width * (count + 4))).cast("q")
+        *self.rows, pids, served, self.level = [cells[i * width : (i + 1) * width] for i in range(count + 4)]
+        self.pids, self.served = pids[:count], served[:count]
+        self.level[0] = NO_LEVEL
         self.lifeline = os.pipe()  # its write end closes when the parent is gone
         server.interface.processes = self.processes
         server.interface.level_changed = self.spread_level
 
-    def pids(self) -> list[int]:
-        return list(self.facts[1 : 1 + 2 * self.count : 2])
-
     def processes(self) -> list[tuple[int, str]]:
-        return [(self.parent, "attendant"), *[(pid, f"MI datagram child={i}") for i, pid in enumerate(self.pids())]]
+        return [(self.parent, "attendant"), *[(pid, f"MI datagram child={i}") for i, pid in enumerate(self.pids)]]
 
     def run(self, signals: _Signals) -> int:
         """Fork the children, replace those that die, end with them; give the exit status."""
-        for index in range(self.count):
+        for index in range(len(self.pids)):
             self.fork(index)
         _tell_systemd("READY=1")
-        while any(self.pids()):
+        while any(self.pids):
             number = signals.wait()
             if number == signal.SIGCHLD:
                 self.reap()
@@ -2646,12 +2643,12 @@ class _Children:
 
     def reap(self) -> None:
         """Look which children died, and see to another in the place of each."""
-        for index, pid in enumerate(self.pids()):
+        for index, pid in enumerate(self.pids):
             ended, how = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
             if not ended:
                 continue
-            served, self.facts[1 + 2 * index] = self.facts[2 + 2 * index], 0
-            if not (served or self.ending):
+            self.pids[index] = 0
+            if not (self.served[index] or self.ending):
                 _say(f"child {index} ended before it could serve (wait status {how})")
                 self.status = 1
                 self.end()
@@ -2662,9 +2659,9 @@ class _Children:
     def fork(self, index: int) -> None:
         """Start the child INDEX; no signal gets to it before it has a pipe of its own."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        self.facts[2 + 2 * index] = 0
+        self.served[index] = 0
         pid = os.fork()
-        self.facts[1 + 2 * index] = pid or os.getpid()
+        self.pids[index] = pid or os.getpid()
         if not pid:
             self.child(index)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -2683,7 +2680,7 @@ class _Children:
             self.server.adopt()
             threading.Thread(target=self.watch_parent, name="mi_datagram lifeline", daemon=True).start()
             self.server.start()
-            self.facts[2 + 2 * index] = 1
+            self.served[index] = 1
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             _serve_until_told(self.server, signals, self.take_level)
             status = 0
@@ -2703,7 +2700,7 @@ class _Children:
         os._exit(1)
 
     def kill(self, number: int) -> None:
-        for pid in self.pids():
+        for pid in self.pids:
             if pid:
                 os.kill(pid, number)
 
@@ -2719,12 +2716,12 @@ class _Children:
 
     def spread_level(self, level: int) -> None:
         """Have every child take over the log level that `debug` set in this one."""
-        self.facts[0] = level
+        self.level[0] = level
         os.kill(self.parent, signal.SIGHUP)
 
     def take_level(self) -> None:
-        if self.facts[0] != NO_LEVEL:
-            self.server.interface.logger.setLevel(DEBUG_LEVELS[self.facts[0]])
+        if self.level[0] != NO_LEVEL:
+            self.server.interface.logger.setLevel(DEBUG_LEVELS[self.level[0]])
 
 
 NO_LEVEL = 99  # what no call of `debug` can set
