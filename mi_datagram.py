@@ -2679,8 +2679,12 @@ class _Children:
             self.server.interface.use_counters(lambda: _SharedCounter(self.rows, index, next(cells)))
             self.server.adopt()
             threading.Thread(target=self.watch_parent, name="mi_datagram lifeline", daemon=True).start()
-            self.server.start()
-            self.served[index] = 1
+            self.served[index] = 1  # before its first reply, as it may be killed right after
+            try:
+                self.server.start()
+            except BaseException:
+                self.served[index] = 0
+                raise
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             _serve_until_told(self.server, signals, self.take_level)
             status = 0
