@@ -1676,6 +1676,7 @@ Socket = socket.socket  # by another name, as in the servers `socket` is an attr
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 SO_PASSCRED = getattr(socket, "SO_PASSCRED", 0)
 SO_SNDBUFFORCE = 32  # Linux: beyond net.core.wmem_max, for root
+SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
 CREDENTIALS = socket.CMSG_LEN(struct.calcsize("3i")) if SO_PASSCRED else 0  # no room for foreign descriptors
 
 
@@ -1720,6 +1721,7 @@ class _Serving(socketserver.BaseServer):
     """
 
     socket: Socket
+    _silent = False
 
     def __init__(
         self,
@@ -1742,7 +1744,7 @@ class _Serving(socketserver.BaseServer):
         self.interface = interface
         indent = values["reply_indent"]
         looks = indent, indent if values["pretty_printing"] else None
-        self.service = Service(interface, values["socket_buf_size"], *looks, authorize, isinstance(self, UDPServer))
+        self.service = Service(interface, values["socket_buf_size"], *looks, authorize, self._silent)
         self.current: Handler | None = None
         self._timeout: float = values["socket_timeout"] / 1000
         self._buffer = self.service.limit + 1  # bytes: one more shows that a request is too long
@@ -2142,6 +2144,7 @@ _S = typing.TypeVar("_S", bound=_Serving)
 class UDPServer(_Serving, socketserver.ThreadingUDPServer):
     """Serves an Interface on `udp:HOST:PORT`, IPv4 or IPv6."""
 
+    _silent = True  # a refused peer, which may be forged, gets no reply
     allow_reuse_address = False  # it would let a second process take the datagrams
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
@@ -2317,9 +2320,6 @@ class UnixServer(_Serving, _UnixBase):
             self._aside.close()
 
 
-SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
-
-
 def _close_descriptors(kind: int, value: bytes) -> None:
     """Close what a peer sent along, should any of it get in."""
     if kind == getattr(socket, "SCM_RIGHTS", None):
@@ -2415,7 +2415,10 @@ class Client:
         Raises CommandError for an error reply, NoAnswer, SocketError where nobody listens, and
         RequestError for what cannot be written.
         """
-        reply = parse_reply(self.exchange(format_request(command, *values, **named)))
+        return self._call(format_request(command, *values, **named))
+
+    def _call(self, request: bytes) -> Reply:
+        reply = parse_reply(self.exchange(request))
         if not reply.ok:
             raise CommandError(reply.code, reply.reason)
         return reply
@@ -2526,6 +2529,36 @@ class Client:
 #                                                                             #
 ###############################################################################
 
+
+def _say(text: str) -> None:
+    print(f"mi_datagram: {text}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------ systemd ----
+
+
+def _passed_socket() -> socket.socket | None:
+    """Give the socket that systemd opened for this process (sd_listen_fds), if any."""
+    if os.environ.pop("LISTEN_PID", None) != str(os.getpid()):
+        return None
+    count = os.environ.pop("LISTEN_FDS", "0")
+    if count != "1":
+        raise ParameterError(f"LISTEN_FDS {count!a}: one socket is allowed")
+    os.set_inheritable(3, False)
+    passed = socket.socket(fileno=3)
+    if passed.type != socket.SOCK_DGRAM:
+        raise ParameterError("the socket passed in LISTEN_FDS is none for datagrams (ListenDatagram=)")
+    return passed
+
+
+def _tell_systemd(state: str) -> None:
+    """Tell the service manager READY=1 or STOPPING=1 (sd_notify), if there is one."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if name:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + name[1:] if name.startswith("@") else name)
+
+
 # ------------------------------------------------------------------ signals ----
 
 SIGNALS = [
@@ -2572,6 +2605,8 @@ def _serve_until_told(server: UnixServer | UDPServer, signals: _Signals, on_hang
 
 
 # ----------------------------------------------------------------- children ----
+
+NO_LEVEL = 99  # what no call of `debug` can set
 
 
 class _SharedCounter(Counter):
@@ -2728,33 +2763,6 @@ class _Children:
             self.server.interface.logger.setLevel(DEBUG_LEVELS[self.level[0]])
 
 
-NO_LEVEL = 99  # what no call of `debug` can set
-
-# ------------------------------------------------------------------ systemd ----
-
-
-def _passed_socket() -> socket.socket | None:
-    """Give the socket that systemd opened for this process (sd_listen_fds), if any."""
-    if os.environ.pop("LISTEN_PID", None) != str(os.getpid()):
-        return None
-    count = os.environ.pop("LISTEN_FDS", "0")
-    if count != "1":
-        raise ParameterError(f"LISTEN_FDS {count!a}: one socket is allowed")
-    os.set_inheritable(3, False)
-    passed = socket.socket(fileno=3)
-    if passed.type != socket.SOCK_DGRAM:
-        raise ParameterError("the socket passed in LISTEN_FDS is none for datagrams (ListenDatagram=)")
-    return passed
-
-
-def _tell_systemd(state: str) -> None:
-    """Tell the service manager READY=1 or STOPPING=1 (sd_notify), if there is one."""
-    name = os.environ.get("NOTIFY_SOCKET", "")
-    if name:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), "\0" + name[1:] if name.startswith("@") else name)
-
-
 # ----------------------------------------------------------- modparam files ----
 
 # Strings and comments are matched too, so that nothing inside them is taken for a line of ours.
@@ -2817,10 +2825,7 @@ def _run_words(client: Client, words: list[str], as_json: bool = False) -> int:
             values, named = _json_params(words[1:])
             print(json.dumps(client.call_json(words[0], *values, **named), indent=4))
         else:
-            reply = parse_reply(client.exchange(_format_request(words[0], map(_split_word, words[1:]))))
-            if not reply.ok:
-                raise CommandError(reply.code, reply.reason)
-            sys.stdout.write(_show(reply))
+            sys.stdout.write(_show(client._call(_format_request(words[0], map(_split_word, words[1:])))))
     except CommandError as error:
         print(error, file=sys.stderr)
         return 1
@@ -2917,10 +2922,6 @@ serve:  python -m mi_datagram [--socket_name NAME] [--load MODULE_OR_FILE[:NAME]
 ask:    python -m mi_datagram call [-s NAME] [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
         python -m mi_datagram shell [-s NAME] [--timeout MS]
 """
-
-
-def _say(text: str) -> None:
-    print(f"mi_datagram: {text}", file=sys.stderr)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
