@@ -1024,19 +1024,26 @@ class Exchange:
         except CommandError as error:
             text = self._format_json(None, self._blame(error))
             return None if text is None else text.encode()
-        calls = document if isinstance(document, list) else [document]
-        answers = _Answers(len(calls), self._join if isinstance(document, list) else "".join)
+        calls, join = (document, self._join) if isinstance(document, list) else ([document], "".join)
+        texts: list[str | None] = [None] * len(calls)
+        left = itertools.count(len(calls), -1)  # down to 0 for the last; next() needs no lock
+
+        def close() -> bytes | None:
+            """Count off one; after the last give the reply, if there is one."""
+            return None if next(left) else join([text for text in texts if text is not None]).encode() or None
+
         for index, call in enumerate(calls):
 
             def deliver(outcome: Any, call: Any = call, index: int = index) -> None:
-                reply = answers.put(index, self._format_json(call, outcome))
-                if reply:
+                texts[index] = self._format_json(call, outcome)
+                reply = close()
+                if reply:  # a late one; this thread has one more to count off
                     self.send(reply)
 
             outcome = self._perform_json(call, deliver)
             if outcome.__class__ is not Deferred:
-                answers.put(index, self._format_json(call, outcome))
-        return answers.close()
+                deliver(outcome)
+        return close()
 
     def _parse_json(self, data: bytes) -> Any:
         """Give the call, or the list of 1 to BATCH calls."""
@@ -1100,29 +1107,6 @@ class Exchange:
         if len(text) > self.service.limit:
             text = self._format_json(None, self._too_long(len(text), "")) or ""
         return text
-
-
-class _Answers:
-    """Collects the answers to the calls of one datagram, in their order, late ones included."""
-
-    def __init__(self, count: int, join: Callable[[list[str]], str]) -> None:
-        self._texts: list[str | None] = [None] * count
-        self._open = count + 1  # one more for the thread that puts the prompt ones
-        self._join = join
-        self._lock = threading.Lock()
-
-    def put(self, index: int, text: str | None) -> bytes | None:
-        """Put the answer of the call INDEX, None for no answer; see close."""
-        self._texts[index] = text
-        return self.close()
-
-    def close(self) -> bytes | None:
-        """Count off one; after the last give the reply, if there is one."""
-        with self._lock:
-            self._open -= 1
-            if self._open:
-                return None
-        return self._join([text for text in self._texts if text is not None]).encode() or None
 
 
 def _failure(name: str, error: BaseException) -> CommandError:
