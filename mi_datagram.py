@@ -176,7 +176,7 @@ class _Fault(CommandError):
         super().__init__(code, reason, data)
         self.kind = kind
         self.detail = detail
-        self.silent = silent
+        self.silent = silent or not code
 
 
 def _note(level: int, text: str, *arguments: object, error: BaseException | None = None) -> None:
@@ -751,7 +751,7 @@ class Deferred:
 
     def drop(self) -> bool:
         """Give up the reply; False if there was one already."""
-        return self.reply(_Fault("dropped_deferred", detail="never answered", silent=True))
+        return self.reply(_Fault("dropped_deferred", detail="never answered"))
 
     def cancel(self) -> bool:
         """Take the reply from whoever holds this; False if there was one already."""
@@ -855,7 +855,7 @@ class Exchange:
         first = data[:1]
         if first != b":":
             if not first or first.isdigit():  # an answer; answering it could set two servers against each other
-                self._blame(_Fault("not_requests", detail="empty, or an answer", silent=True))
+                self._blame(_Fault("not_requests", detail="empty, or an answer"))
                 return None
             if data.lstrip()[:1] in (b"{", b"["):
                 return self._answer_json(data)
@@ -918,8 +918,8 @@ class Exchange:
         values: list[Any],
         named: dict[str, Any],
         dialect: str,
-        arguments: list[tuple[str, Any]],
         deliver: Callable[[Any], object],
+        arguments: list[tuple[str, Any]] | None = None,
     ) -> Any:
         """Run a command that wants its Request; DELIVER takes the outcome of a Deferred that it returns."""
         deferreds: list[Deferred] = []
@@ -936,6 +936,7 @@ class Exchange:
             self.hold(deferred)
             return deferred
 
+        arguments = arguments or [*[("", value) for value in values], *named.items()]
         request = Request(command.name, arguments, self.peer, dialect, defer)
         outcome: Any = None
         try:
@@ -973,7 +974,7 @@ class Exchange:
             if service.authorize is not None:
                 self._authorize(command.name)
             text = rest.decode("utf-8", "surrogateescape")
-            arguments: list[tuple[str, Any]] | None = None
+            arguments = None
             if "::" in text or '"' in text:
                 try:
                     arguments = _parse_arguments(command.name, text)
@@ -984,8 +985,7 @@ class Exchange:
                 values = [value for line in text.split("\n") if (value := line.strip(WHITE))]
                 named = {}
             if command.pass_request:
-                arguments = arguments or [("", value) for value in values]
-                return self._run_with_request(command, values, named, "line", arguments, self._deliver_line)
+                return self._run_with_request(command, values, named, "line", self._deliver_line, arguments)
             return self._run(command, values, named, "line")
         except CommandError as error:
             return self._blame(error)
@@ -1050,7 +1050,7 @@ class Exchange:
         limit = self.service.limit
         if len(data) > limit:
             if b'"method"' not in data:  # as far as one can see, somebody's long answer
-                raise _Fault("not_requests", detail="an answer", silent=True)
+                raise _Fault("not_requests", detail="an answer")
             self._refuse("too_long_requests", f"more than {limit} bytes")
         try:
             document = _decode_json(data.decode())
@@ -1058,7 +1058,7 @@ class Exchange:
             self._refuse("parse_errors", error)
         calls = document if isinstance(document, list) else [document]
         if any([_is_answer(call) for call in calls]):
-            raise _Fault("not_requests", detail="an answer", silent=True)
+            raise _Fault("not_requests", detail="an answer")
         if not 1 <= len(calls) <= BATCH:
             self._refuse("invalid_requests", f"{len(calls)} calls, 1 to {BATCH} allowed")
         return document
@@ -1077,8 +1077,7 @@ class Exchange:
             params = call.get("params", [])
             values, named = ([], dict(params)) if isinstance(params, dict) else (list(params), {})
             if command.pass_request:
-                arguments = [("", value) for value in values] + list(named.items())
-                return self._run_with_request(command, values, named, "json", arguments, deliver)
+                return self._run_with_request(command, values, named, "json", deliver)
             return self._run(command, values, named, "json")
         except CommandError as error:
             return self._blame(error, name)
