@@ -37,6 +37,7 @@ import dataclasses
 import errno
 import functools
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -106,8 +107,10 @@ MAX_THREADS = 64  # threads of one server, the one that watches included
 SPARE_THREADS = 8  # idle threads kept for the next slow command
 TICK = 0.0025  # s; a request that takes longer is slow: another thread receives meanwhile
 QUIET_TICKS = 20  # ticks without a request after which the watching stops as well
+NESTING = 200  # levels of a JSON document
 BATCH = 64  # calls in one JSON-RPC batch
 DEFER_TIMEOUT = 60_000  # ms that a deferred reply may take
+DETAIL = 200  # characters of what a peer sent that the log shows
 FRAMES = 8  # innermost frames that `threads` shows of each thread
 WHITE = " \t\n\v\f\r"  # the line dialect's white space; bytes.strip() means the same six
 
@@ -140,6 +143,8 @@ class RequestError(Error, ValueError):
 
 class CommandError(Error):
     """Raise it in a command to answer `code reason`; Client raises it for such an answer."""
+
+    code, reason, data = 500, "command failed", None  # of a subclass that leaves out our __init__
 
     def __init__(self, code: int, reason: str, data: Any = None) -> None:
         super().__init__(code, reason)
@@ -244,6 +249,10 @@ class Reply:
         return 200 <= self.code < 300
 
 
+CREDENTIALS = "iII"  # struct ucred
+NO_CREDENTIALS = struct.pack(CREDENTIALS, 0, 65534, 65534)  # of a datagram older than our SO_PASSCRED
+
+
 class Peer:
     """Who sent a request: the address, and on a UNIX socket what the kernel vouches for.
 
@@ -252,7 +261,9 @@ class Peer:
 
     def __init__(self, address: Any = None, credentials: bytes | None = None) -> None:
         self.address = address
-        ids: tuple[int | None, ...] = (None, None, None) if credentials is None else struct.unpack("3i", credentials)
+        ids: tuple[int | None, ...] = (None, None, None)
+        if credentials is not None and credentials != NO_CREDENTIALS:
+            ids = struct.unpack(CREDENTIALS, credentials)
         self.pid, self.uid, self.gid = ids
 
     def __str__(self) -> str:
@@ -280,6 +291,8 @@ class Request:
 
         After `timeout` ms nothing is sent any more; that is logged and counted.
         """
+        if not timeout >= 0:
+            raise ParameterError(f"timeout {timeout!a}: a number of ms is allowed")
         if self._defer is None:
             raise Error("nobody waits for an answer to this request")
         return self._defer(timeout)
@@ -500,6 +513,15 @@ def _finite(text: str) -> float:
     return number
 
 
+def _check_nesting(data: bytes) -> None:
+    """Refuse what is nested deep before json does: its C code may need more stack than a thread has."""
+    depth = 0
+    for token in re.finditer(rb'"(?:[^"\\]|\\.)*"?|[][{}]', data, re.DOTALL):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        if depth > NESTING:
+            raise ValueError(f"nested deeper than {NESTING}")
+
+
 def _plain(value: object) -> Any:
     """Give json what it does not know by itself: our nodes, and other mappings and sequences."""
     if isinstance(value, Node):
@@ -603,15 +625,18 @@ def _converter(kind: type, optional: bool, dialect: str) -> Callable[[Any], Any]
 
 def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, bool] | None:
     """Give (int, float, bool or str; whether Optional), or None for any other annotation."""
-    if isinstance(annotation, str):
-        # On Python 3.9 the text `int | None` has a meaning only as a Union.
-        text = f"Union[{annotation.replace('|', ',')}]" if "|" in annotation else annotation
-        names = {**getattr(inspect.unwrap(function), "__globals__", {}), "Union": typing.Union}
-        holder = type("_", (), {"__annotations__": {"parameter": text}})
-        try:
-            annotation = typing.get_type_hints(holder, names, names)["parameter"]
-        except Exception:
-            return None  # a name known to type checkers alone
+    if isinstance(annotation, str) and "|" in annotation:  # which has no meaning on Python 3.9
+        annotation = f"Union[{annotation.replace('|', ',')}]"
+    plain: Any = inspect.unwrap(function)
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    scope = getattr(plain, "__globals__", None) or getattr(type(plain).__call__, "__globals__", {})
+    names = {**scope, "Union": typing.Union}
+    holder = type("_", (), {"__annotations__": {"parameter": annotation}})
+    try:
+        annotation = typing.get_type_hints(holder, names, names)["parameter"]
+    except Exception:
+        return None  # a name known to type checkers alone
     kinds = [annotation]
     if typing.get_origin(annotation) in (typing.Union, getattr(types, "UnionType", typing.Union)):
         kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
@@ -639,6 +664,7 @@ class Command:
         self._named = {p.name for p in self.parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self._required = {p.name for p in self.parameters if p.default is p.empty and p.kind not in stars}
+        self._least = len([p for p in self.parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty])
         self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
         self._plan = functools.lru_cache(maxsize=16)(self._match)
 
@@ -659,6 +685,8 @@ class Command:
         places of the values in the stead of the values.
         """
         try:
+            if count < self._least:  # which some versions of bind overlook where **names has the name
+                raise TypeError
             bound = self._signature.bind(*self._pass_request, *range(count), **{name: name for name in names})
         except TypeError:
             reason = "Named parameters do not match" if names else "Too few or too many parameters"
@@ -733,16 +761,16 @@ class Deferred:
 
     __slots__ = ("_finish", "_once", "deadline")
 
-    def __init__(self, timeout: float, finish: Callable[[Deferred, Any], None]) -> None:
+    def __init__(self, timeout: float, once: threading.Lock, finish: Callable[[Any], None]) -> None:
         self.deadline = time.monotonic() + timeout / 1000
-        self._once = threading.Lock()  # whoever gets it answers
+        self._once = once  # whoever gets it answers; the Deferreds of one call share it
         self._finish = finish
 
     def reply(self, result: Any = None) -> bool:
         """Answer with RESULT, as if the command had returned it; False if it is too late."""
-        is_first = self.cancel()
+        is_first = self._once.acquire(blocking=False)
         if is_first:
-            self._finish(self, result)
+            self._finish(result)
         return is_first
 
     def fail(self, code: int, reason: str) -> bool:
@@ -753,10 +781,6 @@ class Deferred:
         """Give up the reply; False if there was one already."""
         return self.reply(_Fault("dropped_deferred", detail="never answered"))
 
-    def cancel(self) -> bool:
-        """Take the reply from whoever holds this; False if there was one already."""
-        return self._once.acquire(blocking=False)
-
 
 class _Deadlines:
     """Drops each Deferred that nobody answers in time; has a thread only while there are any."""
@@ -766,8 +790,11 @@ class _Deadlines:
         self._open: set[Deferred] = set()
         self._next = 0.0  # when the thread wakes up by itself
         self._running = False
+        self._pid = os.getpid()
 
     def add(self, deferred: Deferred) -> None:
+        if self._pid != os.getpid():
+            self.__init__()  # type: ignore[misc] # forked: the thread, and what it waits for, is the parent's
         with self._change:
             self._open.add(deferred)
             if not self._running:
@@ -795,10 +822,13 @@ class _Deadlines:
                         self._running = False
                         return
                     self._next = min([deferred.deadline for deferred in self._open])
-                    self._change.wait(self._next - now)
+                    self._change.wait(min(self._next - now, threading.TIMEOUT_MAX))
                 self._open.difference_update(late)
             for deferred in late:
-                deferred.drop()
+                try:
+                    deferred.drop()
+                except Exception as error:  # of whoever sends; the others are to be dropped all the same
+                    _note(logging.ERROR, "a late reply was not sent", error=error)
 
 
 # ---------------------------------------------------------------- answering ----
@@ -884,8 +914,11 @@ class Exchange:
         if name is None:
             name = self.command.name if self.command else ""
         level = logging.INFO if kind in ("command_errors", "not_requests") else logging.WARNING
-        detail = str(getattr(error, "detail", "") or f"{error.code} {error.reason}")
-        _note(level, "%a from %s: %s: %a", name, self.peer, kind, detail)
+        try:
+            detail = str(error.detail) if isinstance(error, _Fault) and error.detail else str(error)
+        except Exception:  # a reason that has no text
+            detail = type(error).__name__
+        _note(level, "%a from %s: %s: %a", name, self.peer, kind, detail[:DETAIL])
         return error
 
     def _run(
@@ -922,16 +955,20 @@ class Exchange:
         arguments: list[tuple[str, Any]] | None = None,
     ) -> Any:
         """Run a command that wants its Request; DELIVER takes the outcome of a Deferred that it returns."""
+        once = threading.Lock()
         deferreds: list[Deferred] = []
 
-        def finish(deferred: Deferred, outcome: Any) -> None:
+        def finish(outcome: Any) -> None:
             try:
                 deliver(self._blame(outcome, command.name) if isinstance(outcome, CommandError) else outcome)
             finally:
-                self.release(deferred)
+                for deferred in deferreds:
+                    self.release(deferred)
 
         def defer(timeout: float) -> Deferred:
-            deferred = Deferred(timeout, finish)
+            if once.locked():
+                raise Error("this request has its answer already")
+            deferred = Deferred(timeout, once, finish)
             deferreds.append(deferred)
             self.hold(deferred)
             return deferred
@@ -941,9 +978,15 @@ class Exchange:
         outcome: Any = None
         try:
             outcome = self._run(command, values, named, dialect, request)
+            if isinstance(outcome, Deferred) and outcome not in deferreds:
+                raise _failure(command.name, Error("it returned the Deferred of another request"))
+        except CommandError as error:
+            outcome = self._blame(error, command.name)
         finally:
-            for deferred in deferreds:
-                if deferred is not outcome and deferred.cancel():
+            if outcome not in deferreds:  # so it is the answer, and the only one
+                if not once.acquire(blocking=False):
+                    outcome = deferreds[0]  # which has answered already
+                for deferred in deferreds:
                     self.release(deferred)
         return outcome
 
@@ -1053,6 +1096,8 @@ class Exchange:
                 raise _Fault("not_requests", detail="an answer")
             self._refuse("too_long_requests", f"more than {limit} bytes")
         try:
+            if data.count(b"[") + data.count(b"{") > NESTING:
+                _check_nesting(data)
             document = _decode_json(data.decode())
         except (ValueError, RecursionError) as error:
             self._refuse("parse_errors", error)
@@ -1133,6 +1178,12 @@ COUNTERS = (
     "receive_errors",
     "thread_errors",
 )
+
+
+def _count_threads() -> int:
+    """Count the threads of this process that serve, or see to deadlines."""
+    return sum([thread.name.startswith("mi_datagram") for thread in threading.enumerate()])
+
 
 _F = typing.TypeVar("_F", bound=Callable[..., Any])
 Authorize = Callable[[Peer, str], bool]
@@ -1247,16 +1298,22 @@ class Interface:
     def counter(self, name: str) -> Counter:
         """Give the counter called `group:name`, made at its first mention."""
         counter = self.statistics.get(name)
+        if counter is None:
+            self._check_statistic(name)
+            counter = self.statistics.setdefault(name, Counter())  # of two threads one makes it
         if not isinstance(counter, Counter):
-            counter = Counter()
-            self.statistic(name, counter)
+            raise ParameterError(f"statistic name {name!a}: there is one already")
         return counter
 
-    def statistic(self, name: str, function: Callable[[], Any]) -> None:
-        """Have `group:name` show what FUNCTION returns whenever somebody asks."""
+    @staticmethod
+    def _check_statistic(name: str) -> None:
         group, separator, rest = name.partition(":")
         if not (group and separator and rest):
             raise ParameterError(f"statistic name {name!a}: group:name is allowed")
+
+    def statistic(self, name: str, function: Callable[[], Any]) -> None:
+        """Have `group:name` show what FUNCTION returns whenever somebody asks."""
+        self._check_statistic(name)
         if name in self.statistics:
             raise ParameterError(f"statistic name {name!a}: there is one already")
         self.statistics[name] = function
@@ -1300,6 +1357,7 @@ class Interface:
         """Count the service's own statistics with what MAKE makes, always asked in the same order."""
         self._counters = {kind: make() for kind in (*COUNTERS, *FAULTS)}
         self.statistics.update({f"mi_datagram:{kind}": counter for kind, counter in self._counters.items()})
+        self.statistics["mi_datagram:threads"] = _count_threads
         self.count_request = self._counters["requests"].add  # these two in every request, so looked up here
         self.count_reply = self._counters["replies"].add
 
@@ -1428,17 +1486,15 @@ class _Core:
             wanted += name if isinstance(name, (list, tuple)) else [name]
         if not wanted:
             raise _Fault("bad_arguments", "Too few or too many parameters")
-        known = self._interface.statistics
-        selected = [full for name in wanted for full in known if self._matches(full, str(name))]
+        by_name: dict[str, list[str]] = {}  # what each word selects: one look at each statistic and each word
+        for full in list(self._interface.statistics):
+            group, _, rest = full.partition(":")
+            for word in ("all", full, f"{group}:", rest):
+                by_name.setdefault(word, []).append(full)
+        selected = [full for name in dict.fromkeys(map(str, wanted)) for full in by_name.get(name, ())]
         if not selected:
             raise CommandError(404, "Statistics Not Found")
         return list(dict.fromkeys(selected))
-
-    @staticmethod
-    def _matches(full: str, name: str) -> bool:
-        if name == "all" or full == name:
-            return True
-        return full.startswith(name) if name.endswith(":") else full.partition(":")[2] == name
 
     def _value(self, name: str) -> Any:
         try:
@@ -1660,7 +1716,7 @@ MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 SO_PASSCRED = getattr(socket, "SO_PASSCRED", 0)
 SO_SNDBUFFORCE = 32  # Linux: beyond net.core.wmem_max, for root
 SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
-CREDENTIALS = socket.CMSG_LEN(struct.calcsize("3i")) if SO_PASSCRED else 0  # no room for foreign descriptors
+ANCILLARY = socket.CMSG_LEN(struct.calcsize(CREDENTIALS)) if SO_PASSCRED else 0  # no room for foreign descriptors
 
 
 def _timeval(seconds: float) -> bytes:
@@ -1766,6 +1822,9 @@ class _Serving(socketserver.BaseServer):
     def _prepare(self, sock: Socket) -> None:
         """Set what every socket of ours has, bound here or passed in."""
         sock.setblocking(True)
+        self._prepare_to_send(sock)
+
+    def _prepare_to_send(self, sock: Socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
         try:
             sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
@@ -1834,12 +1893,20 @@ class _Serving(socketserver.BaseServer):
 
     def _drain(self) -> None:
         """Let what runs finish and reply, for socket_timeout; drop the rest."""
-        with self._change:
-            self._change.wait_for(lambda: not (self._workers or self._owners), self.drain_time)
-            late = [owner for owner in self._owners if isinstance(owner, Deferred)]
-        for deferred in late:
-            deferred.drop()
-        self.interface.deadlines.settle()
+        try:
+            with self._change:
+                self._change.wait_for(lambda: not (self._workers or self._owners), self.drain_time)
+            self._drop_deferred()
+            self.interface.deadlines.settle()
+        finally:  # after a second Ctrl-C too
+            self._end()
+
+    def _drop_deferred(self) -> None:
+        for owner in list(self._owners):
+            if isinstance(owner, Deferred):
+                owner.drop()
+
+    def _end(self) -> None:
         with self._change:
             for descriptor in self._wake or ():
                 os.close(descriptor)
@@ -1874,6 +1941,7 @@ class _Serving(socketserver.BaseServer):
             with self._lock:
                 self._close_at_end = True
                 if self._state == "idle":
+                    self._drop_deferred()
                     self._close()
             self.shutdown()
 
@@ -1991,6 +2059,7 @@ class _Serving(socketserver.BaseServer):
         self._poll.poll()
         with self._lock:
             self._leader_polls = False
+            self.current = None  # what the watcher saw is over: the next request gets a TICK of its own
             if self._watcher_sleeps:
                 self._watcher_sleeps = False
                 self._change.notify_all()
@@ -1999,7 +2068,7 @@ class _Serving(socketserver.BaseServer):
         """Hand over for a leader that is in one request for a whole TICK, until the end."""
         acts = type(self).service_actions is not socketserver.BaseServer.service_actions
         seen: Handler | None = None
-        quiet = 0
+        quiet = vacant = 0
         while True:
             with self._lock:
                 self._watcher_sleeps = quiet >= QUIET_TICKS
@@ -2015,6 +2084,10 @@ class _Serving(socketserver.BaseServer):
                     quiet += 1
                 elif self._leader:
                     self._overtake()
+                else:  # no thread could be had, or all are busy
+                    quiet, vacant = 0, vacant + 1
+                    if vacant % QUIET_TICKS == 0:
+                        self._hand_over()
             if acts:
                 self.service_actions()
 
@@ -2031,9 +2104,10 @@ class _Serving(socketserver.BaseServer):
         """Remember that a worker or a Deferred still works on the request of HANDLER."""
         with self._lock:
             self._owners[owner] = handler
-            self._held[handler.key] = handler
             handler.owners += 1
             handler.since = time.monotonic()
+            if self._held.setdefault(handler.key, handler).answered:
+                self._held[handler.key] = handler
 
     def release(self, owner: Any) -> None:
         """Forget it again."""
@@ -2097,7 +2171,7 @@ class _Serving(socketserver.BaseServer):
     def _wait_for(self, sock: Socket, reply: bytes, address: Any) -> None:
         """Send within socket_timeout, one reply a client at a time."""
         with self._lock:
-            if not self._timeout or address in self._waiting or len(self._waiting) > self._max_workers // 2:
+            if not self._timeout or address in self._waiting or len(self._waiting) >= (self._max_workers + 1) // 2:
                 raise BlockingIOError(errno.EAGAIN, "too many replies wait")
             self._waiting.add(address)
         try:
@@ -2117,8 +2191,12 @@ def _in_signal_handler() -> bool:
     """Whether this thread runs a signal handler, which must not wait for what it interrupted."""
     if get_ident() != threading.main_thread().ident:
         return False
-    codes = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
-    return any([frame.f_code in codes for frame, _ in traceback.walk_stack(sys._getframe())])
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
+        below = frame.f_back  # what a handler interrupted: it was given that frame
+        for value in list(frame.f_locals.values()) if below else ():
+            if value is below or (value.__class__ is tuple and any([one is below for one in value])):
+                return True
+    return False
 
 
 _S = typing.TypeVar("_S", bound=_Serving)
@@ -2229,13 +2307,16 @@ class UnixServer(_Serving, _UnixBase):
                 self.socket.bind(path)
             except OSError as error:
                 raise SocketError(f"socket_name {path!a}: {error.strerror}") from None
-        status = os.lstat(path)
-        self._file = (path, (status.st_dev, status.st_ino))
+        try:
+            status = os.lstat(path)
+        except OSError as error:
+            raise SocketError(f"socket_name {path!a}: {error.strerror}") from None
+        self._file = (os.path.abspath(path), (status.st_dev, status.st_ino))
         self.remove_file = weakref.finalize(self, _remove_file, *self._file, os.getpid())
         try:
             owner = [values["unix_socket_user"], values["unix_socket_group"]]
             os.chown(path, *[-1 if one is None else one for one in owner], follow_symlinks=False)  # -1: as it is
-            os.chmod(path, values["unix_socket_mode"])
+            _chmod_socket(path, self._file[1], values["unix_socket_mode"])
         except OSError as error:
             raise SocketError(f"socket_name {path!a}: owner or mode cannot be set: {error.strerror}") from None
 
@@ -2247,7 +2328,7 @@ class UnixServer(_Serving, _UnixBase):
     def get_request(self) -> Any:
         """Take a datagram without waiting: (data, socket, struct ucred of the peer), address."""
         sock = self.socket
-        data, ancillary, _, address = sock.recvmsg(self._buffer, CREDENTIALS, MSG_DONTWAIT)
+        data, ancillary, _, address = sock.recvmsg(self._buffer, ANCILLARY, MSG_DONTWAIT)
         credentials = None
         for _, kind, value in ancillary:
             if kind == SCM_CREDENTIALS:
@@ -2263,7 +2344,7 @@ class UnixServer(_Serving, _UnixBase):
         of its own: that ours is full is the only reason to wait for it, which could be forever.
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as aside:
-            aside.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
+            self._prepare_to_send(aside)
             try:
                 aside.sendto(reply, MSG_DONTWAIT, address)
             except BlockingIOError:
@@ -2281,6 +2362,7 @@ class UnixServer(_Serving, _UnixBase):
         with self._lock:
             if self._aside is None:
                 self._aside = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                self._prepare_to_send(self._aside)
             self._aside_left = ASIDE_REPLIES
             self.__dict__["send"] = self._send_aside  # in place of the method, which so costs nothing otherwise
 
@@ -2308,6 +2390,21 @@ def _close_descriptors(kind: int, value: bytes) -> None:
     if kind == getattr(socket, "SCM_RIGHTS", None):
         for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
             os.close(descriptor)
+
+
+def _chmod_socket(path: str, identity: tuple[int, int], mode: int) -> None:
+    """Change the mode of the socket file that is ours, not of what somebody put in its place."""
+    if not hasattr(os, "O_PATH"):
+        os.chmod(path, mode)
+        return
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != identity or not stat.S_ISSOCK(status.st_mode):
+            raise OSError(errno.EEXIST, "somebody else put another file there")
+        os.chmod(f"/proc/self/fd/{descriptor}", mode)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -2467,11 +2564,12 @@ class Client:
                 family, address = _udp_address(self._address)
             else:
                 family, address = socket.AF_UNIX, self._address
+            name = self._own_name() if family == socket.AF_UNIX else ""
             self._socket = socket.socket(family, socket.SOCK_DGRAM)
-            if family == socket.AF_UNIX:
-                self._socket.bind(self._own_name())
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout / 1000))
-            self._socket.connect(address)
+            self._socket.connect(address)  # before it has a name that others could send to
+            if name:
+                self._socket.bind(name)
         return self._socket
 
     def _own_name(self) -> str:
@@ -2527,8 +2625,13 @@ def _passed_socket() -> socket.socket | None:
     count = os.environ.pop("LISTEN_FDS", "0")
     if count != "1":
         raise ParameterError(f"LISTEN_FDS {count!a}: one socket is allowed")
-    os.set_inheritable(3, False)
-    passed = socket.socket(fileno=3)
+    try:
+        os.set_inheritable(3, False)
+        passed = socket.socket(fileno=3)
+    except OSError as error:
+        raise ParameterError(f"LISTEN_FDS: descriptor 3 is no socket: {error.strerror}") from None
+    if isinstance(passed.getsockname(), bytes):
+        raise ParameterError("the socket passed in LISTEN_FDS has an abstract name: a path or UDP is allowed")
     if passed.type != socket.SOCK_DGRAM:
         raise ParameterError("the socket passed in LISTEN_FDS is none for datagrams (ListenDatagram=)")
     return passed
@@ -2569,8 +2672,13 @@ class _Signals:
         os.write(self._writing, b"\0")
 
 
-def _serve_until_told(server: UnixServer | UDPServer, signals: _Signals, on_hangup: Callable[[], object]) -> None:
-    """Serve until SIGTERM or SIGINT; asked a second time, end at once."""
+def _serve_until_told(
+    server: UnixServer | UDPServer,
+    signals: _Signals,
+    on_hangup: Callable[[], object],
+    on_second: Callable[[], object],
+) -> None:
+    """Serve until SIGTERM or SIGINT; ON_SECOND is for when it is asked again."""
     asked = False
     while True:
         number = signals.wait()
@@ -2578,8 +2686,8 @@ def _serve_until_told(server: UnixServer | UDPServer, signals: _Signals, on_hang
             return
         if number in (signal.SIGTERM, signal.SIGINT):
             if asked:
-                server.remove_file()
-                os._exit(1)
+                on_second()
+                continue
             asked = True
             _tell_systemd("STOPPING=1")
             threading.Thread(target=lambda: signals.wake_after(server.stop), daemon=True).start()
@@ -2643,17 +2751,18 @@ class _Children:
 
     def run(self, signals: _Signals) -> int:
         """Fork the children, replace those that die, end with them; give the exit status."""
-        for index in range(len(self.pids)):
-            self.fork(index)
+        self.refill()
         _tell_systemd("READY=1")
-        while any(self.pids):
+        while any(self.pids) or not self.ending:
             number = signals.wait()
             if number == signal.SIGCHLD:
                 self.reap()
             elif number == signal.SIGHUP:
                 self.kill(signal.SIGHUP)
-            elif number == signal.SIGALRM:
+            elif number == signal.SIGALRM and self.ending:
                 self.kill(signal.SIGKILL)
+            elif number == signal.SIGALRM:
+                self.refill()
             else:
                 self.end()
         self.server.stop()
@@ -2672,17 +2781,30 @@ class _Children:
                 self.end()
             elif not self.ending:
                 log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
-                self.fork(index)
+        if not self.ending:
+            self.refill()
+
+    def refill(self) -> None:
+        """Start the children that are missing; try again in a second where that is not possible."""
+        for index, pid in enumerate(self.pids):
+            if not pid:
+                try:
+                    self.fork(index)
+                except OSError as error:
+                    log.error("child %d cannot be started: %s", index, error.strerror)
+                    signal.setitimer(signal.ITIMER_REAL, 1)
 
     def fork(self, index: int) -> None:
         """Start the child INDEX; no signal gets to it before it has a pipe of its own."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        self.served[index] = 0
-        pid = os.fork()
-        self.pids[index] = pid or os.getpid()
-        if not pid:
-            self.child(index)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            self.served[index] = 0
+            pid = os.fork()
+            self.pids[index] = pid or os.getpid()
+            if not pid:
+                self.child(index)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def child(self, index: int) -> typing.NoReturn:
         """Serve until the parent says so or is gone."""
@@ -2704,7 +2826,8 @@ class _Children:
                 self.served[index] = 0
                 raise
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            _serve_until_told(self.server, signals, self.take_level)
+            # A process group, or systemd, sends a SIGTERM beside the parent's; the parent can SIGKILL.
+            _serve_until_told(self.server, signals, self.take_level, lambda: None)
             status = 0
         except BaseException as error:
             _note(logging.ERROR, "child %d failed", index, error=error)
@@ -2796,8 +2919,12 @@ def _literal(value: str, where: str) -> str | int:
 
 
 def _show(reply: Reply) -> str:
-    """Write a reply's tree as it came, but nothing that would drive a terminal."""
-    text = format_reply(reply).decode("utf-8", "replace").partition("\n")[2]
+    """Write a reply's tree as it came."""
+    return _harmless(format_reply(reply).decode("utf-8", "replace").partition("\n")[2])
+
+
+def _harmless(text: str) -> str:
+    """Escape what would drive a terminal."""
     return "".join([c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text])
 
 
@@ -2808,9 +2935,15 @@ def _run_words(client: Client, words: list[str], as_json: bool = False) -> int:
             values, named = _json_params(words[1:])
             print(json.dumps(client.call_json(words[0], *values, **named), indent=4))
         else:
-            sys.stdout.write(_show(client._call(_format_request(words[0], map(_split_word, words[1:])))))
+            request = _format_request(words[0], map(_split_word, words[1:]))
+            try:
+                reply = client._call(request)
+            except RequestError as error:
+                raise NoAnswer(f"the reply cannot be read: {error}") from None
+            sys.stdout.write(_show(reply))
+        sys.stdout.flush()
     except CommandError as error:
-        print(error, file=sys.stderr)
+        print(_harmless(str(error)), file=sys.stderr)
         return 1
     except RequestError as error:
         _say(str(error))
@@ -2834,7 +2967,7 @@ def _json_params(words: list[str]) -> tuple[list[Any], dict[str, Any]]:
     for name, text in map(_split_word, words):
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text
         if name:
             named[name] = value
@@ -2905,6 +3038,15 @@ serve:  python -m mi_datagram [--socket_name NAME] [--load MODULE_OR_FILE[:NAME]
 ask:    python -m mi_datagram call [-s NAME] [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
         python -m mi_datagram shell [-s NAME] [--timeout MS]
 """
+
+
+def _open_streams() -> None:
+    """Have a stdin and a stdout also where they are closed; what their encoding lacks is escaped."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -3029,7 +3171,12 @@ def _serve(server: UnixServer | UDPServer, signals: _Signals, children_count: in
         return _Children(server, children_count).run(signals)
     server.start()
     _tell_systemd("READY=1")
-    _serve_until_told(server, signals, lambda: None)  # for SIGHUP, there is nothing to read again
+
+    def end_at_once() -> None:
+        server.remove_file()
+        os._exit(1)
+
+    _serve_until_told(server, signals, lambda: None, end_at_once)  # on SIGHUP there is nothing to read again
     return 0
 
 
@@ -3038,6 +3185,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] in (["call"], ["shell"]):
+            _open_streams()
             options = _parser(arguments[0]).parse_args(arguments[1:])
             with Client(options.socket_name, options.timeout, options.reply_dir) as client:
                 if arguments[0] == "shell":
@@ -3055,6 +3203,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
+        if isinstance(error, BrokenPipeError):
+            return 128 + 13  # as a shell says of SIGPIPE
+        _say(str(error))
+        return 4
 
 
 if __name__ == "__main__":
