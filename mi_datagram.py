@@ -72,6 +72,7 @@ __all__ = [
     "Error",
     "Handler",
     "Interface",
+    "NoAnswer",
     "Node",
     "ParameterError",
     "Peer",
@@ -1731,7 +1732,7 @@ LOST = {
     errno.EPERM: ("dropped_denied", "the client's socket is not writable for us, or connected elsewhere"),
     errno.ECONNREFUSED: ("dropped_gone", "the client is gone"),
     errno.ECONNRESET: ("dropped_gone", "the client is gone"),
-    errno.ENOENT: ("dropped_gone", "the client is gone"),
+    errno.ENOENT: ("dropped_gone", "the client is gone, or its socket is in another mount namespace: PrivateTmp="),
 }
 
 
