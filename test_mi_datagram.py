@@ -1453,6 +1453,7 @@ def test_a_deferred_that_nobody_answers_is_dropped(folder, caplog):
         sock.sendto(b":later:\n", server.server_address)
         wait_until(lambda: len(deferred) == 3)
     assert [one.reply() for one in deferred] == [False] * 3
+    wait_until(lambda: {*threading.enumerate()} <= before)
     assert count(mi, "dropped_deferred") == caplog.text.count("'later'") == 3
 
 
@@ -1750,6 +1751,12 @@ def test_no_peer_forges_a_line_in_the_log(caplog):
     assert len(caplog.records) > 15
     lines = "\n".join([record.getMessage() for record in caplog.records]).split("\n")
     assert all(line.isprintable() and not line.startswith("FORGED") for line in lines)
+
+
+def test_program_without_logging_hears_nothing(folder):
+    """Embedded in a program that set up no logging, the module prints nothing of what it logs."""
+    done = program("print(mi.answer(b':nosuch:\\n'))", folder / "s")
+    assert (done.stdout, done.stderr) == (f"{b'500 command not available' + bytes([10])}\n", "")
 
 
 # --------------------------------------------------- servers: tables and helpers ----
@@ -2106,6 +2113,111 @@ def test_two_start_at_the_same_instant(folder):
             assert not path.exists()
 
 
+def test_locked_folder(folder, caplog):
+    """A folder that somebody else keeps locked keeps no server from its socket for longer than a moment."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        made = []
+        in_thread(lambda: made.append(interface().server(str(folder / "s"))))
+        wait_until(lambda: made)
+        assert "locked" in caplog.text and str(folder) in caplog.text
+        made[0].stop()
+    finally:
+        os.close(descriptor)
+
+
+def as_nobody(function):
+    """Call FUNCTION in a thread that may no more than others may; give what it returned, or raised."""
+    result = []
+
+    def call():
+        become_nobody()
+        try:
+            result.append(function())
+        except Exception as error:
+            result.append(error)
+
+    in_thread(call).join(DEADLINE)
+    return result[0]
+
+
+def test_folder_that_may_be_written_but_not_read(folder):
+    """A folder that the server may not read, and so not lock, is good enough for its socket."""
+    folder.chmod(0o333)
+    server = as_nobody(lambda: interface().server(str(folder / "s")).start())
+    assert ask(server, b":nothing:\n") == b"200 OK\n"
+    server.stop()
+    folder.chmod(0o700)
+    assert not contents(folder)
+
+
+def test_folder_that_may_not_be_searched(folder):
+    """Where the server may not even look for the file, that is an error that names the socket."""
+    folder.chmod(0o644)
+    error = as_nobody(lambda: interface().server(str(folder / "s")))
+    folder.chmod(0o700)
+    assert isinstance(error, mi_datagram.SocketError) and str(folder / "s") in str(error) and not contents(folder)
+
+
+def test_dead_socket_that_goes_meanwhile(folder, monkeypatch):
+    """A dead socket that somebody removes while the server looks at it is in nobody's way."""
+    dead_socket(folder / "s")
+    real_lstat = os.lstat
+
+    def lstat(path):
+        monkeypatch.undo()
+        status = real_lstat(path)
+        os.unlink(path)
+        return status
+
+    monkeypatch.setattr(mi_datagram.os, "lstat", lstat)
+    with serving(interface(), folder / "s") as server:
+        assert ask(server, b":nothing:\n") == b"200 OK\n"
+
+
+def test_owner_that_cannot_be_set(folder):
+    """Where the kernel refuses the owner asked for, that is an error that names the socket, and no file stays."""
+    folder.chmod(0o777)
+    error = as_nobody(lambda: interface().server(str(folder / "s"), unix_socket_user=os.getuid() + 1))
+    assert isinstance(error, mi_datagram.SocketError) and str(folder / "s") in str(error) and "owner" in str(error)
+    assert not contents(folder)
+
+
+def test_file_goes_before_the_socket(folder):
+    """The file goes while the socket still lives, so that no file of another can have its inode by then."""
+    class Closing:
+        def __init__(self, sock):
+            self._sock = sock
+
+        def __getattr__(self, name):
+            return getattr(self._sock, name)
+
+        def close(self):
+            left.append(contents(folder))
+            self._sock.close()
+
+    left = []
+    server = interface().server(str(folder / "s"))
+    server.socket = Closing(server.socket)
+    server.stop()
+    assert left == [{}]
+
+
+def test_relative_path(folder, monkeypatch):
+    """A file given as ./path goes wherever the program is by then; and ./path may be short where the folder's is long."""
+    monkeypatch.chdir(folder)
+    with serving(interface(), "./s") as server:
+        monkeypatch.chdir("/")
+        assert ask(server, b":nothing:\n") == b"200 OK\n"
+    assert not contents(folder)
+    (folder / ("long" * 30)).mkdir()
+    monkeypatch.chdir(folder / ("long" * 30))
+    with serving(interface(), "./s") as server:
+        assert ask(server, b":nothing:\n") == b"200 OK\n"
+    assert not os.listdir()
+
+
 @pytest.mark.parametrize("other", ["a file", "a live socket", "a symlink to a file"])
 def test_stopping_leaves_what_another_put_there(folder, other):
     """A server removes its own socket file and never one that somebody else put in its place."""
@@ -2204,11 +2316,12 @@ def test_thousand_starts_and_stops(name, folder):
     assert traces() == before and not contents(folder)
 
 
-def test_stop_lets_a_running_command_reply(name):
-    """Stopping waits for a command that runs, and sends its reply."""
+@pytest.mark.parametrize("timeout", [0, 2000])
+def test_stop_lets_a_running_command_reply(name, timeout):
+    """Stopping waits for a command that runs, at least 2 s however short socket_timeout is, and sends its reply."""
     mi = interface()
     runs, go = blocking(mi)
-    with serving(mi, name) as server, client_socket(server) as sock:
+    with serving(mi, name, socket_timeout=timeout) as server, client_socket(server) as sock:
         sock.sendto(b":block:\n", server.server_address)
         wait_until(lambda: runs)
         threading.Timer(0.1, go.set).start()
@@ -2216,6 +2329,34 @@ def test_stop_lets_a_running_command_reply(name):
         assert sock.recv(1000) == b"200 OK\ndone\n"
         assert not os.path.exists(name)
         server.stop()  # once more is harmless
+
+
+def test_stop_lets_a_deferred_reply_go_out(name):
+    """Stopping waits for a Deferred as well, and sends its reply."""
+    mi, deferred = later()
+    with serving(mi, name, socket_timeout=DEADLINE * 10_000) as server, client_socket(server) as sock:
+        sock.sendto(b":later:\n", server.server_address)
+        wait_until(lambda: deferred)
+        threading.Timer(0.1, deferred[0].reply, ["late"]).start()
+        stopping = in_thread(server.stop)
+        assert sock.recv(1000) == b"200 OK\nlate\n"
+        stopping.join(DEADLINE)
+        assert not stopping.is_alive()
+
+
+def test_stop_ends_spare_threads(name, threads):
+    """When a server stops, the threads that it keeps for the next slow command end too, at once."""
+    mi = interface()
+    runs, go = blocking(mi)
+    with serving(mi, name) as server, client_socket(server) as sock:
+        for number in range(4):
+            sock.sendto(b":block:\n%d\n" % number, server.server_address)
+        wait_until(lambda: len(runs) == 4)
+        go.set()
+        assert sorted([sock.recv(1000) for _ in range(4)]) == [b"200 OK\n%d\n" % number for number in range(4)]
+        stacks = sys._current_frames
+        wait_until(lambda: [stacks()[t.ident].f_code.co_name for t in threads() if "worker" in t.name].count("wait") > 2)
+    wait_until(lambda: not threads())
 
 
 def test_stop_does_not_wait_forever(folder, monkeypatch):
@@ -2354,6 +2495,17 @@ def test_serve_forever_and_shutdown(name):
         server.start()
 
 
+def test_serve_forever_beside_start(name):
+    """Where the server serves in the background already, or has stopped, serve_forever() waits for its end alone."""
+    server, returned = interface().server(name).start(), []
+    in_thread(lambda: returned.append(server.serve_forever()))
+    for _ in range(20):
+        assert ask(server, b":nothing:\n") == b"200 OK\n" and not returned
+    server.stop()
+    wait_until(lambda: returned == [None])
+    server.serve_forever()
+
+
 def test_handle_request(name):
     """handle_request() handles one datagram in this thread, and calls handle_timeout() if none comes."""
     server = interface().server(name)
@@ -2388,6 +2540,27 @@ def test_service_actions(folder):
     server.stop()
     thread.join(DEADLINE)
     assert not thread.is_alive()
+
+
+def test_stop_from_service_actions(folder):
+    """A subclass may stop its server in service_actions(): stop() returns there, and serve_forever() ends."""
+    def service_actions(self):
+        stopped.append(self.stop())
+
+    stopped = []
+    server = derived(str(folder / "s"), service_actions=service_actions)
+    serving = in_thread(server.serve_forever, 0.01)
+    serving.join(DEADLINE)
+    assert not serving.is_alive() and stopped and not contents(folder)
+
+
+def test_service_actions_that_raises(folder):
+    """What service_actions() raises comes out of serve_forever(), and the server can be stopped as ever."""
+    server = derived(str(folder / "s"), service_actions=lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        server.serve_forever(0.01)
+    server.stop()
+    assert not contents(folder) and server.socket.fileno() == -1
 
 
 def derived(name, **methods):
@@ -2484,6 +2657,21 @@ def test_quick_commands_run_on_one_thread(name):
     assert len(ran) == 500 and len(set(ran)) < 20  # a thread may look slow on a busy machine
 
 
+def test_long_queue_of_quick_commands_stays_on_one_thread(name, monkeypatch):
+    """A leader is replaced if one request takes it a whole tick, however long it has been busy with many."""
+    monkeypatch.setattr(mi_datagram, "TICK", 0.2)
+    mi = interface()
+    ran = []
+    mi.command(lambda: (time.sleep(0.005), ran.append(threading.current_thread()))[0], name="where")
+    with serving(mi, name) as server, client_socket(server) as sock:
+        for sent in range(120):
+            wait_until(lambda: len(ran) > sent - 5)  # noqa: B023
+            sock.sendto(b":where:\n", server.server_address)
+            sent < 5 or sock.recv(1000)
+        wait_until(lambda: len(ran) == 120)
+    assert len(set(ran)) == 1 and not mi.commands["where"].slow
+
+
 def block_in_command(mi, server, go):
     """Block 5 requests in their command; give the sockets, and the reply that they wait for."""
     socks = [client_socket(server) for _ in range(5)]
@@ -2553,6 +2741,37 @@ def test_known_slow_command_hands_over_before_it_runs(name, monkeypatch):
         assert slow.recv(1000) == b"200 OK\n2\n"
 
 
+def test_first_slow_command_after_a_rest(name):
+    """A command that turns out to be slow after the server had nothing to do delays nobody either."""
+    mi = interface()
+    runs, go = blocking(mi)
+    with serving(mi, name) as server, client_socket(server) as slow:
+        end = time.monotonic() + 5 * mi_datagram.QUIET_TICKS * mi_datagram.TICK
+        wait_until(lambda: time.monotonic() > end)
+        slow.sendto(b":block:\n", server.server_address)
+        wait_until(lambda: runs)
+        assert ask(server, b":nothing:\n") == b"200 OK\n" and is_empty(slow)
+        go.set()
+        assert slow.recv(1000) == b"200 OK\ndone\n"
+
+
+def test_slow_until_quick_again(name):
+    """A command counts as slow from one slow run to the next quick one."""
+    mi = interface()
+    runs, go = blocking(mi)
+    with serving(mi, name) as server, client_socket(server) as sock:
+        for number in (1, 2, 3):
+            go.clear()
+            sock.sendto(b":block:\n", server.server_address)
+            wait_until(lambda: len(runs) == number)  # noqa: B023
+            wait_until(lambda: mi.commands["block"].slow)
+            end = time.monotonic() + 2 * mi_datagram.TICK
+            wait_until(lambda: time.monotonic() > end)  # noqa: B023
+            go.set()
+            assert sock.recv(1000) == b"200 OK\ndone\n" and mi.commands["block"].slow
+        wait_until(lambda: ask(server, b":block:\n") and not mi.commands["block"].slow)
+
+
 def test_burst_into_a_blocked_command(folder, threads):
     """At max_threads the server stops reading, starts no more, and loses nothing that the kernel had taken."""
     mi = interface()
@@ -2569,6 +2788,20 @@ def test_burst_into_a_blocked_command(folder, threads):
         wait_until(lambda: len(runs) == 3000)
         assert len([t for t in threads() if t is not sending]) <= 8
         sending.join(DEADLINE)
+
+
+def test_spare_threads_are_few(folder, threads):
+    """After many commands at once only some of their threads are kept for the next ones."""
+    mi = interface()
+    runs, go = blocking(mi)
+    with serving(mi, folder / "s") as server, client_socket(server, True) as sock:
+        for _ in range(40):
+            sock.send(b":block:\n")
+        wait_until(lambda: len(runs) == 40)
+        assert len(threads()) > 40
+        go.set()
+        assert {sock.recv(1000) for _ in range(QUEUE)} == {b"200 OK\ndone\n"}
+        wait_until(lambda: len(threads()) <= mi_datagram.SPARE_THREADS + 4)
 
 
 def test_threads_and_counters_are_right_under_stress(name, threads):
@@ -2605,9 +2838,12 @@ def test_threads_and_counters_are_right_under_stress(name, threads):
         sys.setswitchinterval(interval)
 
 
-def test_counter_from_many_threads():
-    """Counts from several threads at once all count."""
+@pytest.mark.parametrize("of_children", [False, True])
+def test_counter_from_many_threads(of_children):
+    """Counts from several threads at once all count, those of a child as well."""
     counter = interface().counter("test:hits")
+    if of_children:
+        counter = mi_datagram._SharedCounter([[0, 0], [0, 0], [0, 0]], 1, 1)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -2681,11 +2917,68 @@ def test_socket_timeout(folder, threads, timeout, caplog):
         assert [sock.recv(1000) for _ in range(QUEUE + 1)] == [b"200 OK\n"] * (QUEUE + 1) and is_empty(sock)
 
 
-def test_the_kernel_knows_the_socket_timeout(name):
-    """A send from the bound socket that blocks ends after socket_timeout, whatever the transport."""
-    with serving(interface(), name, socket_timeout=1500) as server:
-        option = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.calcsize("@ll"))
-        assert struct.unpack("@ll", option) == (1, 500_000)
+def test_one_reply_waits_for_each_client(folder, monkeypatch):
+    """One reply waits for a silent client and hands over before; its others are dropped at once, until it has read."""
+    monkeypatch.setattr(mi_datagram, "TICK", 3600)  # so nobody notices that a thread waits
+    with serving(interface(), folder / "s", socket_timeout=DEADLINE * 10_000) as server:
+        with client_socket(server) as sock:
+            for dropped in (4, 8):
+                for _ in range(QUEUE + 6):
+                    sock.sendto(b":nothing:\n", server.server_address)
+                wait_until(lambda: count(server, "dropped_unread") == dropped)  # noqa: B023
+                assert ask(server, b":echo:\n") == b"200 OK\n"
+                assert [sock.recv(1000) for _ in range(QUEUE + 2)] == [b"200 OK\n"] * (QUEUE + 2)
+                assert is_empty(sock) and count(server, "dropped_unread") == dropped
+
+
+@pytest.mark.parametrize("blocked", [0, 3])
+def test_late_reply_to_a_silent_client(folder, blocked):
+    """A late reply waits on a thread of the server's, never on its caller's; if there is none left it is dropped."""
+    mi, deferred = later()
+    runs, go = blocking(mi)
+    with serving(mi, folder / "s", max_threads=4, socket_timeout=DEADLINE * 10_000) as server:
+        with client_socket(server) as sock, client_socket(server) as other:
+            for request in [b":later:\n"] + [b":nothing:\n"] * (QUEUE + 1):
+                sock.sendto(request, server.server_address)
+            wait_until(lambda: count(server, "replies") == QUEUE + 1)
+            for _ in range(blocked):
+                other.sendto(b":block:\n", server.server_address)
+            wait_until(lambda: len(runs) == blocked)
+            replying = in_thread(deferred[0].reply, "late")
+            replying.join(DEADLINE)
+            assert not replying.is_alive() and count(server, "dropped_unread") == (blocked > 0)
+            go.set()
+            assert [other.recv(1000) for _ in range(blocked)] == [b"200 OK\ndone\n"] * blocked
+            replies = [sock.recv(1000) for _ in range(QUEUE + (1 if blocked else 2))]
+            assert replies[-1] == (b"200 OK\n" if blocked else b"200 OK\nlate\n") and is_empty(sock)
+
+
+def test_replies_leave_from_the_bound_socket_again(folder, monkeypatch):
+    """After some replies that went out by another socket, as our send buffer was full, the bound one is tried again."""
+    monkeypatch.setattr(mi_datagram, "ASIDE_REPLIES", 3)
+    with serving(interface(), folder / "s") as server, client_socket(server) as sock:
+        server.socket = FaultySocket(server.socket, "sendto", errno.EAGAIN)
+        senders = []
+        for _ in range(10):
+            sock.sendto(b":nothing:\n", server.server_address)
+            senders.append(sock.recvfrom(1000)[1])
+        assert senders == [None] * 4 + [server.server_address] * 6
+
+
+@pytest.mark.parametrize("passed", [False, True])
+def test_socket_options(name, passed):
+    """A reply may wait on the bound socket for socket_timeout, and that socket holds more replies than usual."""
+    listening = None
+    if passed:
+        listening = socket.socket(socket.AF_UNIX if "/" in name else socket.AF_INET, socket.SOCK_DGRAM)
+        listening.bind(name if "/" in name else ("127.0.0.1", 0))
+        listening.setblocking(False)
+    with serving(interface(), name, socket_timeout=1500, listening=listening) as server, client_socket(server) as sock:
+        assert server.socket.getblocking() and ask(server, b":nothing:\n") == b"200 OK\n"
+        timeval = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16)
+        assert struct.unpack("@ll", timeval) == (1, 500_000)
+        sizes = [one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) for one in (server.socket, sock)]
+        assert sizes[0] > sizes[1]
 
 
 # ------------------------------------------------------- servers: retransmissions ----
@@ -2735,6 +3028,80 @@ def test_equal_requests_on_a_unix_socket_all_run(folder):
         assert [sock.recv(1000) for _ in range(4)] == [b"200 OK\ndone\n"] * 4
 
 
+def test_slow_notification_may_come_again():
+    """Over UDP a request that gets no reply may come again once it has run, and not before, known as slow or not."""
+    mi = interface()
+    runs, go = blocking(mi)
+    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
+        def notify(which):
+            sock.sendto(b'{"jsonrpc":"2.0","method":"block","params":["%d"]}' % which, server.server_address)
+
+        for which in (1, 2):
+            notify(which)
+            wait_until(lambda: len(runs) == which)  # noqa: B023
+            assert ask(server, b":nothing:\n") == b"200 OK\n"  # so another thread receives
+            end = time.monotonic() + 2 * mi_datagram.TICK
+            wait_until(lambda: time.monotonic() > end)  # noqa: B023
+            notify(which)
+            wait_until(lambda: count(server, "retransmissions") == which or len(runs) > which)  # noqa: B023
+            assert runs == ["1", "2"][:which]
+        go.set()
+        wait_until(lambda: notify(1) or runs.count("1") > 1)
+        wait_until(lambda: notify(2) or runs.count("2") > 1)
+
+
+@pytest.mark.parametrize("request_", [b":later:\n", b'{"jsonrpc":"2.0","method":"later"}'])
+def test_repeated_request_whose_reply_comes_late(request_):
+    """Over UDP a request whose Deferred is not answered yet is not run again; once it is, it may come again."""
+    mi, deferred = later()
+    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
+        for number in (1, 2):
+            sock.sendto(request_, server.server_address)
+            wait_until(lambda: len(deferred) == number)  # noqa: B023
+            end = time.monotonic() + 2 * mi_datagram.TICK
+            wait_until(lambda: time.monotonic() > end)  # noqa: B023
+            for _ in range(3):
+                sock.sendto(request_, server.server_address)
+            wait_until(lambda: count(server, "retransmissions") == 3 * number or len(deferred) > number)  # noqa: B023
+            assert deferred[-1].reply(number) and len(deferred) == number
+            assert request_[:1] == b"{" or sock.recv(1000) == b"200 OK\n%d\n" % number
+
+
+def test_equal_requests_within_a_tick_all_run(monkeypatch):
+    """Over UDP two equal datagrams that come at once are two requests: no client repeats one as soon as that."""
+    monkeypatch.setattr(mi_datagram, "TICK", 3600)
+    mi = interface()
+    runs, go = blocking(mi)
+    mi.commands["block"].slow = True  # so it makes way at once
+    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
+        for _ in range(2):
+            sock.sendto(b":block:\n", server.server_address)
+        wait_until(lambda: len(runs) == 2)
+        go.set()
+        assert [sock.recv(1000) for _ in range(2)] == [b"200 OK\ndone\n"] * 2 and not count(server, "retransmissions")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_request_that_killed_its_thread_may_come_again(threads):
+    """Over UDP a slow request whose thread died of an error is at work no more: it is run if it comes again."""
+    def finish_request(self, request, client_address):
+        super(type(self), self).finish_request(request, client_address)
+        if b"block" in request[0]:
+            raise ValueError
+
+    def handle_error(self, request, client_address):
+        raise ValueError
+
+    with derived("udp:127.0.0.1:0", finish_request=finish_request, handle_error=handle_error) as server:
+        runs, go = blocking(server.interface)
+        with client_socket(server) as sock:
+            sock.sendto(b'{"jsonrpc":"2.0","method":"block"}', server.server_address)
+            assert ask(server, b":nothing:\n") == b"200 OK\n"  # so it has been seen to be slow
+            go.set()
+            wait_until(lambda: sock.sendto(b'{"jsonrpc":"2.0","method":"block"}', server.server_address) and len(runs) > 1)
+    wait_until(lambda: not threads())
+
+
 # --------------------------------------------------------------- servers: faults ----
 
 
@@ -2750,6 +3117,10 @@ SEND_FAULTS = {
     "removed": ("dropped_gone", lambda server, sock, other: os.unlink(sock.getsockname())),
     "connected elsewhere": ("dropped_denied", lambda server, sock, other: sock.connect(other.getsockname())),
     "not writable": ("dropped_denied", lambda server, sock, other: os.chmod(sock.getsockname(), 0)),
+    "not writable, our buffer full": (
+        "dropped_denied", lambda server, sock, other: (
+            os.chmod(sock.getsockname(), 0),
+            setattr(server, "socket", FaultySocket(server.socket, "sendto", errno.EAGAIN)))),
     "too long for the socket": (
         "dropped_errors", lambda server, sock, other: server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)),
 }
@@ -2765,7 +3136,7 @@ def test_reply_that_cannot_be_sent(folder, fault, caplog):
     def long_reply():
         runs.append("")
         assert go.wait(DEADLINE)
-        if fault == "not writable":
+        if fault.startswith("not writable"):
             become_nobody()
         return "a" * 20000
 
@@ -4075,7 +4446,8 @@ def test_ctrl_c_that_is_ignored_stays_so(folder):
 def test_stopping(folder, how, children):
     """SIGHUP changes nothing; told to end, a server lets the running command reply, removes its file, exits with 0."""
     path, held = folder / "s", folder / "held"
-    with manager(f"@{folder}") as (notices, env), ops_process(folder, "--children_count", children, env=env) as server:
+    arguments = ["--children_count", children, "--socket_timeout", "600000"]  # so that nobody is killed for being late
+    with manager(f"@{folder}") as (notices, env), ops_process(folder, *arguments, env=env) as server:
         pids = processes(path)
         with post(path, b":hold:\nheld\n") as sock:
             wait_until(held.exists)
@@ -4084,10 +4456,12 @@ def test_stopping(folder, how, children):
             assert processes(path) == pids
             end(server, how, path)
             assert [notices.recv(100), notices.recv(100)] == [b"READY=1", b"STOPPING=1"]
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.wait(0.2)  # it waits for the command
             held.unlink()
             assert sock.recv(100) == b"200 OK\nreleased\n"
         assert server.wait(DEADLINE) == 0
-        assert not path.exists()
+        assert not path.exists() and is_empty(notices)
 
 
 @pytest.mark.parametrize("children", [1, 3])
@@ -4171,6 +4545,12 @@ def test_children_act_as_one(folder):
             values(path, "reset_statistics", "mi_datagram:requests")
         assert in_each("get_statistics", "mi_datagram:requests") == ["1", "2", "3"]
         wait_until(lambda: in_each("debug") == 3 * ["3"])
+        killed = children[0]
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: killed not in processes(path))
+        _, *children = processes(path)
+        assert in_each("debug") == 3 * ["3"]
+        assert in_each("get_statistics", "mi_datagram:requests")[0] != "1"
 
 
 def test_killed_child_is_replaced(folder):
@@ -4208,6 +4588,42 @@ def test_child_that_cannot_serve(folder, hook, why):
     assert not (folder / "s").exists()
 
 
+def test_replacement_that_cannot_serve(folder):
+    """The child that takes a dead one's place ends the server too if it ends before it served."""
+    (folder / "bad.py").write_text(
+        "import os; os.register_at_fork(after_in_child=lambda: os.path.exists('bad') and os._exit(7))\n"
+        "from mi_datagram import Interface\nmi = Interface()\n")
+    with ops_process(folder, "--load", "bad.py", "--children_count", 2) as server:
+        _, *children = processes(folder / "s")
+        with alone(children[1], children):  # one that dies before it has served would end the server anyhow
+            assert values(folder / "s", "who") == [str(children[1])]
+        (folder / "bad").touch()
+        os.kill(children[1], signal.SIGKILL)
+        assert server.wait(DEADLINE) == 1
+        wait_until(lambda: "before it could serve" in "".join(server.log))
+
+
+def test_signal_to_a_child_just_forked(folder):
+    """A SIGTERM that reaches a child before it can act on signals ends that child, later, and not the server."""
+    (folder / "bad.py").write_text(
+        "import os, signal\nfrom mi_datagram import Interface\nmi = Interface()\n"
+        "def hook():\n    if not os.path.exists('told'):\n"
+        "        open('told', 'w').close()\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os.register_at_fork(after_in_child=hook)\n")
+    with ops_process(folder, "--load", "bad.py", "--children_count", 2) as server:
+        wait_until(lambda: any("another takes its place" in line for line in server.log))
+        assert len(set(processes(folder / "s"))) == 3 and server.poll() is None
+
+
+def test_halted_child(folder):
+    """A child that does not end when it is told to is killed, once it has had the time to; its file goes too."""
+    with ops_process(folder, "--children_count", 2) as server:
+        _, child, _ = processes(folder / "s")
+        os.kill(child, signal.SIGSTOP)
+        server.terminate()
+        assert server.wait(DEADLINE) == 0
+
+
 def test_sigterm_under_load(folder):
     """Every request that was taken before SIGTERM gets its reply, all processes end, and the exit status is 0."""
     with ops_process(folder, "--children_count", 3) as server, contextlib.ExitStack() as stack:
@@ -4227,12 +4643,43 @@ def test_sigterm_under_load(folder):
 
 
 def test_killed_parent(folder):
-    """When the parent is killed its children end by themselves, and the socket file goes."""
-    with ops_process(folder, "--children_count", 3) as server:
+    """When the parent is killed its children end by themselves, whatever runs, and the socket file goes."""
+    arguments = ["--children_count", 3, "--socket_timeout", "600000"]
+    with ops_process(folder, *arguments) as server, post(folder / "s", b":hold:\nheld\n"):
         processes(folder / "s")
+        wait_until((folder / "held").exists)
         server.kill()
         wait_until(lambda: not left_of(server.pid), deadline=10)
         assert not (folder / "s").exists()
+
+
+# ---- who is asking
+
+
+@pytest.mark.parametrize("arguments, allowed", [
+    (["--allow_user", os.getuid()], True), (["--allow_user", os.getuid() + 1], False),
+    (["--allow_user", os.getuid() + 1, "--allow-user", os.getuid()], True),
+    (["--socket_name", "udp:127.0.0.1:0", "--allow_network", "127.0.0.0/8"], True),
+    (["--socket_name", "udp:127.0.0.1:0", "--allow_network", "10.0.0.0/8"], False),
+])  # fmt: skip
+def test_whom_the_command_line_lets_in(folder, arguments, allowed):
+    """The peers of --allow_network and --allow_user are let in, those of no other; a UNIX peer is told so."""
+    with process("--socket_name", "./s", *arguments, cwd=folder) as server:
+        line = wait_until(lambda: [line for line in server.log if "listening on" in line])[0]
+        name = line.split()[-1]
+        done = run("call", "-s", name, "--timeout", DEADLINE * 1000 if allowed or "/" in name else 200, "pwd", cwd=folder)
+        assert done.returncode == (0 if allowed else 1 if "/" in name else 3)
+        assert ("403 Forbidden" in done.stderr) is (not allowed and "/" in name)
+        wait_until(lambda: allowed or any("forbidden" in line for line in server.log))
+
+
+@pytest.mark.parametrize("arguments", [["--allow_network", "::1"],
+                                       ["--allow_user", 0, "--socket_name", "udp:127.0.0.1:0"]])
+def test_rule_for_another_kind_of_socket(folder, arguments):
+    """Who gives --allow_network with a UNIX socket, or --allow_user with UDP, is told so: it would let in nobody."""
+    done = run("--socket_name", "./s", *arguments, cwd=folder)
+    assert done.returncode == 2 and "allow_network" in done.stderr and "allow_user" in done.stderr
+    assert done.stderr.count("\n") == 1 and not contents(folder)
 
 
 # ---- systemd
@@ -4249,6 +4696,7 @@ def test_passed_socket(folder, host, children):
         passed.bind((host, 0) if host else str(path))
         host or path.chmod(0o604)
         arguments = [passed.fileno(), 1, "--children_count", children]
+        arguments += ["--allow_network", host] if host else ["--allow_user", os.getuid()]
         socket_name = f"udp:{host}:{passed.getsockname()[1]}" if host else str(path)
         with process(*arguments, command=("-c", LAUNCHER), pass_fds=[passed.fileno()], env=env) as server:
             passed.close()
@@ -4266,6 +4714,24 @@ def test_passed_socket_refused(count, kind):
         with process(passed.fileno(), count, command=("-c", LAUNCHER), pass_fds=[passed.fileno()]) as server:
             assert server.wait(DEADLINE) == 2
         assert len(server.log) == 1 and "LISTEN_FDS" in server.log[0]
+
+
+def test_socket_is_not_passed_on(folder):
+    """What a server with a passed socket starts has neither the socket nor what the environment says of it."""
+    (folder / "load.py").write_text(
+        "import os, subprocess\nfrom mi_datagram import Interface\nmi = Interface()\n@mi.command\ndef inner():\n"
+        "    return subprocess.run('ls -l /proc/self/fd; env', shell=True, close_fds=False, capture_output=True).stdout\n")
+    with bound_socket(folder / "s") as passed:
+        arguments = [passed.fileno(), 1, "--load", folder / "load.py"]
+        with process(*arguments, command=("-c", LAUNCHER), pass_fds=[passed.fileno()]):
+            text = values(folder / "s", "inner")[0]
+    assert "PYTHONPATH" in text and "LISTEN_" not in text and "/proc" in text and " 3 -> socket" not in text
+
+
+def test_service_manager_that_is_gone(folder):
+    """Where nobody hears what is told to NOTIFY_SOCKET the server serves all the same."""
+    with ops_process(folder, env={"NOTIFY_SOCKET": str(folder / "gone")}):
+        assert values(folder / "s", "nothing") == []
 
 
 def test_socket_passed_to_another(folder):
