@@ -1547,7 +1547,7 @@ def allow_users(*users: str | int) -> Authorize:
     allowed = frozenset([_user("allow_user", user) for user in users])
 
     def authorize(peer: Peer, command: str) -> bool:
-        return peer.uid is not None and peer.uid in allowed
+        return peer.uid in allowed
 
     return authorize
 
@@ -1746,7 +1746,8 @@ class _Serving(socketserver.BaseServer):
        `_lock`, and only a thread itself becomes the leader (`_take_lead`).
     2. A leader stops being one by `_hand_over`, which leaves the lead vacant and sees to it that
        somebody takes it: a spare thread, or else a new one, or else, at `max_threads`, whichever
-       is done first. Nobody is waited for.
+       is done first (`_take_lead`, `_leave`). Nobody is waited for. While the lead is vacant the
+       watcher tries again, as what keeps a thread from starting may pass.
     3. Who hands over: the watcher, when the leader is in the same request for a whole TICK; the
        leader itself, before a command that was slow last time and before a reply that must wait.
     4. A thread reads `_leader` without the lock before each datagram, so one that has just been
@@ -1789,6 +1790,7 @@ class _Serving(socketserver.BaseServer):
         self._timeout: float = values["socket_timeout"] / 1000
         self._buffer = self.service.limit + 1  # bytes: one more shows that a request is too long
         self._max_workers: int = values["max_threads"] - 1
+        self._max_spares = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # so that there is one for a late reply
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._vacancy = threading.Condition(self._lock)  # here spares wait for the lead
@@ -1999,9 +2001,8 @@ class _Serving(socketserver.BaseServer):
         with self._lock:
             self._workers.discard(worker)
             self.release(worker)
-            if self._leader == worker.ident:  # it died of an error; somebody has to go on
+            if self._leader in (worker.ident, 0):  # it died of an error, or it is the thread that was wanting
                 self._hand_over()
-            self._change.notify_all()
 
     def _work(self) -> None:
         me = get_ident()
@@ -2025,10 +2026,10 @@ class _Serving(socketserver.BaseServer):
     def _take_lead(self, me: int) -> bool:
         """Become the leader, now or later; False if this thread is not needed any more."""
         with self._lock:
-            if self._leader and self._spares >= SPARE_THREADS:
+            if self._leader and self._spares >= self._max_spares:
                 return False
             self._spares += 1
-            self._vacancy.wait_for(lambda: not self._leader or self._state != "serving")
+            self._vacancy.wait_for(lambda: not self._leader)
             self._spares -= 1
             if self._state == "serving":
                 self._leader = me
@@ -2207,7 +2208,6 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
     """Serves an Interface on `udp:HOST:PORT`, IPv4 or IPv6."""
 
     _silent = True  # a refused peer, which may be forged, gets no reply
-    allow_reuse_address = False  # it would let a second process take the datagrams
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if isinstance(name, str):

@@ -2953,6 +2953,45 @@ def test_late_reply_to_a_silent_client(folder, blocked):
             assert replies[-1] == (b"200 OK\n" if blocked else b"200 OK\nlate\n") and is_empty(sock)
 
 
+def test_late_reply_after_a_burst(folder):
+    """A late reply finds a thread to wait on also while those of a burst of slow commands are kept as spares."""
+    mi, deferred = later()
+    runs, go = blocking(mi)
+    with serving(mi, folder / "s", max_threads=5, socket_timeout=DEADLINE * 10_000) as server:
+        with client_socket(server) as sock, client_socket(server) as other:
+            for _ in range(3):
+                other.sendto(b":block:\n", server.server_address)
+            wait_until(lambda: len(runs) == 3)
+            go.set()
+            assert [other.recv(1000) for _ in range(3)] == [b"200 OK\ndone\n"] * 3
+            for request in [b":later:\n"] + [b":nothing:\n"] * (QUEUE + 1):
+                sock.sendto(request, server.server_address)
+            wait_until(lambda: count(server, "replies") == 3 + QUEUE + 1)
+            deferred[0].reply("late")
+            assert [sock.recv(1000) for _ in range(QUEUE + 2)][-1] == b"200 OK\nlate\n"
+
+
+def test_thread_that_waited_with_a_late_reply_takes_the_lead(folder, monkeypatch):
+    """At max_threads, the next thread that is done lets somebody receive, also one that only delivered a late reply."""
+    monkeypatch.setattr(mi_datagram, "QUIET_TICKS", 1 << 30)  # so the watcher does not see to it
+    mi, deferred = later()
+    runs, go = blocking(mi)
+    with serving(mi, folder / "s", max_threads=4, socket_timeout=DEADLINE * 10_000) as server:
+        with client_socket(server) as sock, client_socket(server) as other:
+            for request in [b":later:\n"] + [b":nothing:\n"] * (QUEUE + 1):
+                sock.sendto(request, server.server_address)
+            wait_until(lambda: count(server, "replies") == QUEUE + 1)
+            deferred[0].reply("late")  # its thread waits for the silent client
+            for _ in range(2):
+                other.sendto(b":block:\n", server.server_address)
+            wait_until(lambda: len(runs) == 2)
+            wait_until(lambda: server._leader == 0)
+            assert [sock.recv(1000) for _ in range(QUEUE + 2)][-1] == b"200 OK\nlate\n"
+            sock.settimeout(DEADLINE / 4)  # the blocked ones give up later
+            assert ask(server, b":nothing:\n", sock) == b"200 OK\n"
+            go.set()
+
+
 def test_replies_leave_from_the_bound_socket_again(folder, monkeypatch):
     """After some replies that went out by another socket, as our send buffer was full, the bound one is tried again."""
     monkeypatch.setattr(mi_datagram, "ASIDE_REPLIES", 3)
