@@ -2069,7 +2069,7 @@ class _Serving(socketserver.BaseServer):
     def _watch(self, poll_interval: float) -> None:
         """Hand over for a leader that is in one request for a whole TICK, until the end."""
         acts = type(self).service_actions is not socketserver.BaseServer.service_actions
-        seen: Handler | None = None
+        seen: Any = None
         quiet = vacant = 0
         while True:
             with self._lock:
@@ -2080,8 +2080,9 @@ class _Serving(socketserver.BaseServer):
                     self._change.wait(TICK)
                 if self._state != "serving":
                     return
-                if self.current is not seen:
-                    seen, quiet = self.current, 0
+                now = self.current, self._leader_polls  # both, as a datagram that came has no handler yet
+                if now != seen:
+                    seen, quiet = now, 0
                 elif self._leader_polls:
                     quiet += 1
                 elif self._leader:

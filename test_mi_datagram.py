@@ -2875,6 +2875,41 @@ def test_idle_servers_sleep(folder, threads):
         assert stay_the_same(2)
 
 
+def test_first_requests_of_an_idle_server(folder):
+    """A server that nobody asked so far: a slow request that comes right behind the first one delays no other."""
+    class Leisurely(mi_datagram.UnixServer):
+        def get_request(self):
+            pause(mi_datagram.TICK / 5)  # so that the watcher is awake before there is a handler
+            return super().get_request()
+
+    mi = interface()
+    runs, go = blocking(mi)
+    with Leisurely(str(folder / "s"), mi) as server, client_socket(server) as slow, client_socket(server) as quick:
+        quick.settimeout(DEADLINE / 4)
+        pause(3 * mi_datagram.TICK * mi_datagram.QUIET_TICKS)
+        for number in range(2):
+            slow.sendto(b":block:\n%d\n" % number, server.server_address)
+        wait_until(lambda: len(runs) == 2)
+        assert ask(server, b":nothing:\n", quick) == b"200 OK\n"
+        go.set()
+
+
+def test_first_request_of_an_idle_server_is_not_repeated():
+    """A server that nobody asked so far: its first request, sent again while it runs, is a retransmission."""
+    for _ in range(5):
+        mi = interface()
+        runs, go = blocking(mi)
+        with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
+            pause(3 * mi_datagram.TICK * mi_datagram.QUIET_TICKS)
+            sock.sendto(b":block:\n", server.server_address)
+            wait_until(lambda: runs)  # noqa: B023
+            pause(4 * mi_datagram.TICK)
+            sock.sendto(b":block:\n", server.server_address)
+            wait_until(lambda: count(server, "retransmissions") or len(runs) > 1)  # noqa: B023
+            assert len(runs) == 1
+            go.set()
+
+
 # ------------------------------------------------ servers: clients that do not read ----
 
 
