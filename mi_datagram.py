@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import contextvars
 import dataclasses
 import errno
 import functools
@@ -1187,6 +1188,7 @@ def _count_threads() -> int:
 
 
 _F = typing.TypeVar("_F", bound=Callable[..., Any])
+_on_loop = contextvars.ContextVar("_on_loop", default=False)  # whether it is an `async def` command that runs
 Authorize = Callable[[Peer, str], bool]
 
 
@@ -1277,6 +1279,7 @@ class Interface:
         import asyncio
 
         async def run(request: Request, /, *values: Any, **named: Any) -> Any:
+            _on_loop.set(True)
             try:
                 return await function(*values, **named)
             except asyncio.CancelledError:
@@ -1920,14 +1923,14 @@ class _Serving(socketserver.BaseServer):
             self._change.notify_all()
 
     def shutdown(self) -> None:
-        """End serve_forever and wait for it; in a thread of this server, ask and return."""
+        """End serve_forever and wait for it; in a thread of this server or a command on a loop, ask and return."""
         if self._pid != os.getpid():
             return
         self._ask_to_end()
         me = get_ident()
         with self._change:
             threads = [self._watcher, *self._workers]
-            if me not in [thread.ident for thread in threads if thread is not None]:
+            if not (_on_loop.get() or me in [thread.ident for thread in threads if thread is not None]):
                 self._change.wait_for(lambda: self._state != "stopping")
 
     def stop(self) -> None:

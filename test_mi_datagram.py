@@ -1548,6 +1548,21 @@ def test_a_cancelled_async_command_is_dropped(loop):
     assert not sent
 
 
+def test_an_async_command_stops_the_server(name, loop):
+    """From inside an `async def` command stop() returns at once, and the command's reply goes out."""
+    mi, after = interface(loop=loop), []
+
+    @mi.command
+    async def end():
+        server.stop()
+        after.append(server.socket.fileno())
+        return "bye"
+
+    with serving(mi, name) as server:
+        assert ask(server, b":end:\n") == b"200 OK\nbye\n" and after[0] > 0
+        wait_until(lambda: server.socket.fileno() < 0)
+
+
 # ------------------------------------------------------------- core commands ----
 
 
