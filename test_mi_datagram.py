@@ -2015,6 +2015,19 @@ def test_mode(folder, given, mode, caplog):
     assert ("0600" in caplog.text) is (given == 0)
 
 
+@pytest.mark.skipif(not IS_ROOT, reason="only root may chroot")
+def test_mode_without_proc(folder):
+    """A server can be made in a chroot that has no /proc."""
+    code = """
+import fcntl
+os.chroot(os.path.dirname(path))
+with mi.server("/s", unix_socket_mode=0o640):
+    print(oct(os.stat("/s").st_mode))
+"""
+    ran = program(code, folder / "s")
+    assert (ran.stdout, ran.stderr) == ("0o140640\n", "")
+
+
 def test_owner(folder):
     """User and group are set by name or number, and neither sets the other."""
     user = pwd.getpwall()[-1] if IS_ROOT else pwd.getpwuid(os.getuid())
