@@ -437,7 +437,7 @@ def format_reply(reply: Any = None, indent: str = "\t") -> bytes:
     a Reply brings its own code and reason. INDENT is one level of the tree.
     """
     lines = ["200 OK\n"]
-    if reply.__class__ is Reply:
+    if isinstance(reply, Reply):
         lines = [f"{reply.code} {reply.reason}\n"]
         reply = reply.nodes
     _format_nodes(reply, "", indent, lines)
@@ -575,7 +575,7 @@ def _json_error(error: CommandError) -> dict[str, Any]:
 def _json_member(outcome: Any) -> tuple[str, Any]:
     """Give the member that answers: ("result", …) or ("error", …)."""
     if isinstance(outcome, Reply):
-        data = outcome.nodes or None
+        data = None if outcome.nodes.__class__ is list and not outcome.nodes else outcome.nodes
         outcome = data if outcome.ok else CommandError(outcome.code, outcome.reason, data)
     if isinstance(outcome, CommandError):
         return "error", _json_error(outcome)

@@ -1245,6 +1245,15 @@ def test_what_a_command_returns_becomes_the_reply(result, line, data):
     assert (mi.answer(b":give:\n"), rpc(mi, "give")) == (b"200 OK\n" + line.encode(), data)
 
 
+def test_reply_of_a_derived_class_or_with_a_falsy_value():
+    """A class derived from Reply is one in both dialects, and a value in it is shown though it is falsy."""
+    mi = interface()
+    mi.command(lambda: type("Gone", (Reply,), {})(404, "Gone"), name="gone")
+    mi.command(lambda: Reply(nodes=0), name="none_left")
+    assert (mi.answer(b":gone:\n"), rpc(mi, "gone")) == (b"404 Gone\n", error(404, "Gone"))
+    assert (mi.answer(b":none_left:\n"), rpc(mi, "none_left")) == (b"200 OK\n0\n", 0)
+
+
 @pytest.mark.parametrize("signature, values, named, got", BINDINGS)
 def test_arguments_bind_as_in_a_python_call(signature, values, named, got):
     """Values bind by position and by name in both dialects, and what does not match is refused and not run."""
