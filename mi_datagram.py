@@ -1292,9 +1292,14 @@ class Interface:
             if pass_request:
                 values = (request, *values)
             future = asyncio.run_coroutine_threadsafe(run(request, *values, **named), self.loop)
-            future.add_done_callback(
-                lambda _: deferred.drop() if future.cancelled() else deferred.reply(future.result())
-            )
+
+            def done(_: object) -> None:
+                if future.cancelled():
+                    deferred.drop()
+                elif not isinstance(result := future.result(), Deferred):  # which would answer in its own time
+                    deferred.reply(result)
+
+            future.add_done_callback(done)
             return deferred
 
         return start

@@ -1557,6 +1557,21 @@ def test_a_cancelled_async_command_is_dropped(loop):
     assert not sent
 
 
+def test_an_async_command_that_defers_its_reply(loop):
+    """An `async def` command may return a Deferred too, and what is said to that one is the reply."""
+    mi, sent = interface(loop=loop), []
+
+    @mi.command(pass_request=True)
+    async def later(request):
+        deferred = request.defer()
+        loop.call_later(0.01, deferred.reply, "now")
+        return deferred
+
+    assert mi.answer(b":later:\n", None, sent.append) is None
+    wait_until(lambda: sent)
+    assert sent == [b"200 OK\nnow\n"]
+
+
 def test_an_async_command_stops_the_server(name, loop):
     """From inside an `async def` command stop() returns at once, and the command's reply goes out."""
     mi, after = interface(loop=loop), []
