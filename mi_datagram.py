@@ -968,11 +968,12 @@ class Exchange:
                     self.release(deferred)
 
         def defer(timeout: float) -> Deferred:
-            if once.locked():
-                raise Error("this request has its answer already")
             deferred = Deferred(timeout, once, finish)
             deferreds.append(deferred)
             self.hold(deferred)
+            if once.locked():  # asked last: what is answered until now may have released the others already
+                self.release(deferred)
+                raise Error("this request has its answer already")
             return deferred
 
         arguments = arguments or [*[("", value) for value in values], *named.items()]

@@ -1484,6 +1484,29 @@ def test_a_deferred_that_its_command_does_not_return():
         mi_datagram.Request("change").defer()
 
 
+def test_a_deferred_made_while_another_is_answered():
+    """A Deferred that is made just while another one of its request is answered is refused, and nothing is left."""
+    mi, held = interface(), []
+
+    class Crossed(mi_datagram.Handler):
+        def hold(self, deferred):
+            held.append(deferred)
+            if len(held) == 2:  # as another thread, or a timeout, may do now
+                held[0].reply("first")
+            super().hold(deferred)
+
+    @mi.command(pass_request=True)
+    def twice(request):
+        first = request.defer()
+        with contextlib.suppress(mi_datagram.Error):
+            request.defer()
+        return first
+
+    with serving(mi, "udp:127.0.0.1:0", handler=Crossed) as server:
+        assert ask(server, b":twice:\n") == b"200 OK\nfirst\n"
+        wait_until(lambda: not server._owners and not mi.deadlines._open)
+
+
 def test_late_answers_of_a_batch_keep_its_order(name):
     """A batch goes out once its last answer is there, from any thread, in the order of its calls."""
     mi, deferred = later()
