@@ -986,7 +986,7 @@ class Exchange:
         except CommandError as error:
             outcome = self._blame(error, command.name)
         finally:
-            if outcome not in deferreds:  # so it is the answer, and the only one
+            if not isinstance(outcome, Deferred):  # so it is the answer, and the only one
                 if not once.acquire(blocking=False):
                     outcome = deferreds[0]  # which has answered already
                 for deferred in deferreds:

@@ -1484,6 +1484,18 @@ def test_a_deferred_that_its_command_does_not_return():
         mi_datagram.Request("change").defer()
 
 
+def test_a_result_that_cannot_be_compared():
+    """What a command returns after request.defer() is not compared with anything: an array cannot be."""
+    mi = interface()
+
+    class Array(list):
+        def __eq__(self, other):
+            raise ValueError("ambiguous")
+
+    mi.command(lambda request: request.defer() and Array("x"), name="give", pass_request=True)
+    assert mi.answer(b":give:\n") == b"200 OK\nx\n"
+
+
 def test_a_deferred_made_while_another_is_answered():
     """A Deferred that is made just while another one of its request is answered is refused, and nothing is left."""
     mi, held = interface(), []
