@@ -1350,7 +1350,7 @@ class Interface:
                 self.commands[name].core = True
 
     def server(self, socket_name: str, **parameters: Any) -> UnixServer | UDPServer:
-        """Make a server of these commands; see UnixServer for its parameters."""
+        """Make a server of these commands: a UnixServer or a UDPServer, whose texts list the PARAMETERS."""
         kind = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
         return kind(socket_name, self, **parameters)
 
@@ -1553,7 +1553,7 @@ def allow_users(*users: str | int) -> Authorize:
     Names or numbers; a peer whose user the kernel does not tell is refused. Raises ParameterError
     for a user that does not exist.
     """
-    allowed = frozenset([_user("allow_user", user) for user in users])
+    allowed = frozenset([_account("allow_user", user) for user in users])
 
     def authorize(peer: Peer, command: str) -> bool:
         return peer.uid in allowed
@@ -1592,27 +1592,29 @@ def _mode(name: str, value: Any) -> int:
     return mode or 0o600
 
 
-def _user(name: str, value: Any) -> int:
-    """Check a user: a name or a number."""
-    import pwd
-
-    return _id(name, value, "user", lambda text: pwd.getpwnam(text).pw_uid)
+def _between(low: int, high: int) -> Callable[[str, Any], int]:
+    return functools.partial(_number, low=low, high=high)
 
 
-def _group(name: str, value: Any) -> int:
-    import grp
-
-    return _id(name, value, "group", lambda text: grp.getgrnam(text).gr_gid)
-
-
-def _id(name: str, value: Any, what: str, find: Callable[[str], int]) -> int:
+def _account(name: str, value: Any) -> int:
+    """Check the name or number of a user, or of a group where the parameter's NAME ends so."""
     text = str(value)
-    if text.isascii() and text.isdigit() and len(text) <= 10:
-        return _number(name, int(text), 0, 2**32 - 2)
+    if text.isascii() and text.isdigit():
+        return _number(name, text, 0, 2**32 - 2)
     try:
-        return find(text)
-    except (KeyError, ValueError):
-        raise _wrong(name, value, f"the name or number of a {what} is allowed") from None
+        if name.endswith("group"):
+            import grp
+
+            return grp.getgrnam(text).gr_gid
+        import pwd
+
+        return pwd.getpwnam(text).pw_uid
+    except (ImportError, KeyError, ValueError):
+        raise _wrong(name, value, "there is none of this name; a name or a number is allowed") from None
+
+
+def _owner(name: str, value: Any) -> int | None:
+    return None if value is None else _account(name, value)
 
 
 def _truth(name: str, value: Any) -> bool:
@@ -1628,19 +1630,30 @@ def _indent(name: str, value: Any) -> str:
     return value
 
 
-# What every parameter but socket_name starts from, and its check, which takes the parameter's
-# own type or text. The names and defaults are the original's.
-PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any]]] = {
-    "children_count": (1, lambda name, value: _number(name, value, 1, 1024)),
-    "unix_socket_mode": (0o660, _mode),
-    "unix_socket_user": (None, lambda name, value: None if value is None else _user(name, value)),
-    "unix_socket_group": (None, lambda name, value: None if value is None else _group(name, value)),
-    "socket_timeout": (SOCKET_TIMEOUT, lambda name, value: _number(name, value, 0, 2**31 - 1)),
-    "reply_indent": ("\t", _indent),
-    "socket_buf_size": (SOCKET_BUF_SIZE, lambda name, value: _number(name, value, 64, UNIX_PAYLOAD)),
-    "pretty_printing": (False, _truth),
-    "max_threads": (MAX_THREADS, lambda name, value: _number(name, value, 3, 4096)),
+# Of every parameter but socket_name: its default, its check, which takes the parameter's own type
+# or text, and its meaning. The names and defaults are the original's.
+PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
+    "children_count": (1, _between(1, 1024), "processes that serve the socket; python -m only"),
+    "unix_socket_mode": (0o660, _mode, "permissions of the socket file; text is octal"),
+    "unix_socket_user": (None, _owner, "owner of the socket file, name or number"),
+    "unix_socket_group": (None, _owner, "group of the socket file, name or number"),
+    "socket_timeout": (
+        SOCKET_TIMEOUT,
+        _between(0, 2**31 - 1),
+        "ms that a reply may wait for its client; 0: not at all",
+    ),
+    "reply_indent": ("\t", _indent, "one level of a reply's tree"),
+    "socket_buf_size": (SOCKET_BUF_SIZE, _between(64, UNIX_PAYLOAD), "longest request and longest reply, bytes"),
+    "pretty_printing": (False, _truth, "whether JSON replies are indented"),
+    "max_threads": (MAX_THREADS, _between(3, 4096), "threads of a server"),
 }
+
+
+def _meaning(parameter: str) -> str:
+    """Tell a parameter's meaning and default."""
+    default, check, meaning = PARAMETERS[parameter]
+    shown = f"0{default:o}" if check is _mode else "TAB" if default == "\t" else _text(default)
+    return f"{meaning} (default {shown})" if shown else meaning
 
 
 def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -1648,7 +1661,7 @@ def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     for name in parameters:
         if name not in PARAMETERS:
             raise ParameterError(f"parameter {name!a}: allowed are socket_name, {', '.join(PARAMETERS)}")
-    return {name: check(name, parameters.get(name, default)) for name, (default, check) in PARAMETERS.items()}
+    return {name: check(name, parameters.get(name, default)) for name, (default, check, _) in PARAMETERS.items()}
 
 
 def parse_socket_name(name: str) -> str | tuple[str, int]:
@@ -2396,6 +2409,10 @@ class UnixServer(_Serving, _UnixBase):
             self._aside.close()
 
 
+for _kind in (UDPServer, UnixServer):
+    _kind.__doc__ = "\n    ".join([f"{_kind.__doc__}\n", *[f"{name}: {_meaning(name)}" for name in PARAMETERS]])
+
+
 def _close_descriptors(kind: int, value: bytes) -> None:
     """Close what a peer sent along, should any of it get in."""
     if kind == getattr(socket, "SCM_RIGHTS", None):
@@ -3044,11 +3061,18 @@ class _Shell:
 
 DEFAULT_SOCKET = "./mi_datagram.sock"
 
-USAGE = """\
-serve:  python -m mi_datagram [--socket_name NAME] [--load MODULE_OR_FILE[:NAME]]... [PARAMETER]... [-v] [--config FILE]
-ask:    python -m mi_datagram call [-s NAME] [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
-        python -m mi_datagram shell [-s NAME] [--timeout MS]
-"""
+# Of serving and of each subcommand: how it is written, and what it does.
+USAGES = {
+    "": (
+        "[-s NAME] [--load MODULE_OR_FILE[:NAME]]... [OPTION]...",
+        "Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.",
+    ),
+    "call": (
+        "call [-s NAME] [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...",
+        "Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.",
+    ),
+    "shell": ("shell [-s NAME] [--timeout MS]", "Run commands of a server as they are typed; `help` lists them."),
+}
 
 
 def _open_streams() -> None:
@@ -3067,12 +3091,22 @@ def _parser(command: str) -> argparse.ArgumentParser:
     """
     import argparse
 
-    parser = argparse.ArgumentParser(f"mi_datagram {command}".rstrip(), usage=USAGE, allow_abbrev=False)
+    usage, description = USAGES[command]
+    parser = argparse.ArgumentParser(
+        f"mi_datagram {command}".rstrip(),
+        f"python -m mi_datagram {usage}",
+        description,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mi_datagram {__version__}")
 
     def add(names: str, meaning: str, **keywords: Any) -> None:
         *short, name = names.split()
-        options = dict.fromkeys([*short, f"--{name}", "--" + name.replace("_", "-")])
-        parser.add_argument(*options, help=meaning, **{"dest": name, **keywords})
+        keywords = {"dest": name, **keywords}
+        parser.add_argument(*short, f"--{name}", help=meaning, **keywords)
+        if "_" in name:
+            parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **keywords)
 
     def add_list(name: str, meaning: str, metavar: str, **keywords: Any) -> None:
         add(name, meaning, metavar=metavar, action="append", default=[], **keywords)
@@ -3081,22 +3115,26 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add_list(names, meaning, metavar, dest="settings", type=lambda value: (names.split()[-1], value))
 
     if command:
-        add("-s socket_name", "/path, ./path or udp:HOST:PORT", default=DEFAULT_SOCKET, metavar="NAME")
-        add("timeout", f"how long to wait for a reply (default {SOCKET_TIMEOUT})", default=SOCKET_TIMEOUT, metavar="MS")
+        socket_name = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})"
+        add("-s socket_name", socket_name, default=DEFAULT_SOCKET, metavar="NAME")
+        timeout = f"ms to wait for the reply (default {SOCKET_TIMEOUT})"
+        add("timeout", timeout, default=SOCKET_TIMEOUT, metavar="MS")
         add("reply_dir", "where to make the socket that replies come to", metavar="DIR")
     else:
-        add_setting("-s socket_name", "/path, ./path or udp:HOST:PORT; the last one wins", "NAME")
+        add_setting("-s socket_name", f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})", "NAME")
         add_list("load", "serve its Interface called mi, or NAME", "MODULE_OR_FILE[:NAME]")
         add_setting("config", 'read the modparam("mi_datagram", ...) lines of a file', "FILE")
-        add_list("allow_network", "the UDP peers to let in", "NETWORK")
-        add_list("allow_user", "whom to let in on a UNIX socket", "USER")
+        add_list("allow_network", "let in the UDP peers of a network", "NETWORK")
+        add_list("allow_user", "let in a user on a UNIX socket", "USER")
         add("-v verbose", "log more; twice: everything", action="count", default=0)
-        for name, (default, _) in PARAMETERS.items():
-            add_setting(name, f"default {oct(default) if name == 'unix_socket_mode' else repr(default)}")
+        for name in PARAMETERS:
+            add_setting(name, _meaning(name))
+        parser.epilog = "The last value of a parameter wins; --load, --allow_network and --allow_user add up."
     if command == "call":
         add("json", "ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such", action="store_true")
-        parser.add_argument("command", metavar="COMMAND")
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="VALUE | NAME::VALUE | ::VALUE")
+        parser.add_argument("command", metavar="COMMAND", help="`which` lists them")
+        values = "by position, by name, or a value that has :: in it"
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="VALUE | NAME::VALUE | ::VALUE", help=values)
     return parser
 
 

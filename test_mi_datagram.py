@@ -4522,6 +4522,15 @@ def test_call_wrong_usage(ops, words):
     assert done.stderr and "Traceback" not in done.stderr
 
 
+def test_help():
+    """Each --help fits a terminal and says what every parameter is; --version tells the version."""
+    texts = [run(*words, "--help").stdout for words in ((), ("call",), ("shell",))]
+    for name, (_, _, meaning) in mi_datagram.PARAMETERS.items():
+        assert f"--{name} VALUE" in texts[0] and meaning in " ".join(texts[0].split())
+    assert not [text for text in texts if "None" in text or not text.startswith("usage: python -m mi_datagram ")]
+    assert run("--version").stdout == f"mi_datagram {mi_datagram.__version__}\n"
+
+
 def test_call_without_an_answer(ops, folder):
     """No answer within the timeout exits with 3."""
     done = run("call", "-s", ops, "--timeout", "50", "hold", folder / "held")
