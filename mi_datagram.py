@@ -3188,30 +3188,38 @@ def _allowed(networks: list[str], users: list[str], address: str | tuple[str, in
     return allow_networks(*networks) if networks else allow_users(*users) if users else None
 
 
-def _make_server(options: Any) -> UnixServer | UDPServer:
-    parameters = _collect(options.settings)
+def _merged(loads: list[str]) -> Interface:
+    """Load Interfaces, make one of them, and add the core commands that it lacks."""
+    interface, *others = [_load(what) for what in loads] or [Interface(core=())]
+    for other in others:
+        interface.include(other)
+    interface.add_core(CORE)
+    return interface
+
+
+def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, _Signals, int]:
+    """Give the server, what takes the signals, and the number of children."""
+    given = _collect(options.settings)
     listening = _passed_socket()
-    is_default = listening is None and "socket_name" not in parameters
     if listening is not None:
         address = listening.getsockname()
-        parameters["socket_name"] = address if listening.family == socket.AF_UNIX else _udp_name(address)
-    name = parameters.pop("socket_name", DEFAULT_SOCKET)
-    options.children_count = check_parameters(parameters)["children_count"]
-    parameters.pop("children_count", None)
-    interfaces = [_load(what) for what in options.load] or [Interface(core=())]
-    for other in interfaces[1:]:
-        interfaces[0].include(other)
-    interfaces[0].add_core(CORE)
+        given["socket_name"] = address if listening.family == socket.AF_UNIX else _udp_name(address)
+    is_default = "socket_name" not in given
+    name = given.pop("socket_name", DEFAULT_SOCKET)
+    parameters = check_parameters(given)
+    children_count = parameters.pop("children_count")
+    interface = _merged(options.load)
     authorize = _allowed(options.allow_network, options.allow_user, parse_socket_name(name))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is somebody to remove the file
     try:
-        server = interfaces[0].server(name, authorize=authorize, listening=listening, **parameters)
-        options.signals = _Signals()
+        server = interface.server(name, authorize=authorize, listening=listening, **parameters)
+        signals = _Signals()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if is_default:
         _say(f"no socket_name given, using {DEFAULT_SOCKET}")
-    return server
+    _say(f"listening on {server.socket_name}")
+    return server, signals, children_count
 
 
 def _serve(server: UnixServer | UDPServer, signals: _Signals, children_count: int) -> int:
@@ -3244,9 +3252,7 @@ def main(arguments: list[str] | None = None) -> int:
         level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         audit.setLevel(logging.INFO)
-        server = _make_server(options)
-        _say(f"listening on {server.socket_name}")
-        return _serve(server, options.signals, options.children_count)
+        return _serve(*_make_server(options))
     except Error as error:
         _say(str(error))
         return 2
