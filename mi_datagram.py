@@ -852,8 +852,8 @@ class Exchange:
     """One datagram on its way to its reply: what both dialects share, then each of them.
 
     For derived classes (a server's Handler is one): `peer` tells who sent it, `send` delivers a
-    late reply, `make_way` is called before a command that is known to wait, `hold` and `release`
-    when a Deferred begins and when it has ended.
+    late reply, `make_way` is called before a command that is known to wait, `deferred_begins` and
+    `deferred_ended` with a Deferred when the answer is left to it and when it has none to give.
     """
 
     service: Service
@@ -875,10 +875,10 @@ class Exchange:
     def make_way(self) -> None:
         pass
 
-    def hold(self, deferred: Deferred) -> None:
+    def deferred_begins(self, deferred: Deferred) -> None:
         self.service.interface.deadlines.add(deferred)
 
-    def release(self, deferred: Deferred) -> None:
+    def deferred_ended(self, deferred: Deferred) -> None:
         self.service.interface.deadlines.discard(deferred)
 
     def answer(self, data: bytes) -> bytes | None:
@@ -965,14 +965,14 @@ class Exchange:
                 deliver(self._blame(outcome, command.name) if isinstance(outcome, CommandError) else outcome)
             finally:
                 for deferred in deferreds:
-                    self.release(deferred)
+                    self.deferred_ended(deferred)
 
         def defer(timeout: float) -> Deferred:
             deferred = Deferred(timeout, once, finish)
             deferreds.append(deferred)
-            self.hold(deferred)
+            self.deferred_begins(deferred)
             if once.locked():  # asked last: what is answered until now may have released the others already
-                self.release(deferred)
+                self.deferred_ended(deferred)
                 raise Error("this request has its answer already")
             return deferred
 
@@ -990,7 +990,7 @@ class Exchange:
                 if not once.acquire(blocking=False):
                     outcome = deferreds[0]  # which has answered already
                 for deferred in deferreds:
-                    self.release(deferred)
+                    self.deferred_ended(deferred)
         return outcome
 
     def _run_aside(self, command: Command, values: list[Any], named: dict[str, Any]) -> Any:
@@ -1695,7 +1695,7 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
     server: _Serving
     request: tuple[bytes, socket.socket, bytes | None]
     answered = False  # from just before the reply is sent
-    owners = 0  # how many threads and Deferreds hold this for longer than a TICK
+    at_work = 0  # how many threads and Deferreds work on this for longer than a TICK
     since = 0.0  # when the last of them began to
 
     @property
@@ -1718,18 +1718,18 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
 
     def send(self, reply: bytes) -> None:
         self.answered = True
-        self.server.send(reply, self.client_address)
+        self.server.send_reply(reply, self.client_address)
 
     def make_way(self) -> None:
         self.server.make_way()
 
-    def hold(self, deferred: Deferred) -> None:
-        self.server.hold(deferred, self)
-        super().hold(deferred)
+    def deferred_begins(self, deferred: Deferred) -> None:
+        self.server.begin_work(deferred, self)
+        super().deferred_begins(deferred)
 
-    def release(self, deferred: Deferred) -> None:
-        super().release(deferred)
-        self.server.release(deferred)
+    def deferred_ended(self, deferred: Deferred) -> None:
+        super().deferred_ended(deferred)
+        self.server.end_work(deferred)
 
 
 # ------------------------------------------------------------------ servers ----
@@ -1826,8 +1826,8 @@ class _Serving(socketserver.BaseServer):
         self._workers: set[threading.Thread] = set()
         self._spares = 0
         self._waiting: set[Any] = set()  # the clients that a reply waits for
-        self._owners: dict[Any, Handler] = {}  # worker or Deferred -> the handler that it still works for
-        self._held: dict[Any, Handler] = {}  # such a handler by its datagram and peer
+        self._at_work: dict[Any, Handler] = {}  # worker or Deferred -> the handler whose request it works on
+        self._by_datagram: dict[Any, Handler] = {}  # such a handler by its datagram and peer
         self._wake: tuple[int, int] | None = None
         self.remove_file: Callable[[], object] = lambda: None  # if there is one and it is still ours
         if not (MSG_DONTWAIT and hasattr(select, "poll")):
@@ -1920,14 +1920,14 @@ class _Serving(socketserver.BaseServer):
         """Let what runs finish and reply, for socket_timeout; drop the rest."""
         try:
             with self._change:
-                self._change.wait_for(lambda: not (self._workers or self._owners), self.drain_time)
+                self._change.wait_for(lambda: not (self._workers or self._at_work), self.drain_time)
             self._drop_deferred()
             self.interface.deadlines.settle()
         finally:  # after a second Ctrl-C too
             self._end()
 
     def _drop_deferred(self) -> None:
-        for owner in list(self._owners):
+        for owner in list(self._at_work):
             if isinstance(owner, Deferred):
                 owner.drop()
 
@@ -1991,7 +1991,7 @@ class _Serving(socketserver.BaseServer):
         return max(self._timeout, SOCKET_TIMEOUT / 1000)
 
     def adopt(self) -> None:
-        """Serve in this process, forked from the one that made the server; its file stays that one's."""
+        """For a child: serve in this process, forked from the one that made the server and removes its file."""
         self._pid = os.getpid()
 
     # ---- threads
@@ -2022,7 +2022,7 @@ class _Serving(socketserver.BaseServer):
     def _leave(self, worker: threading.Thread) -> None:
         with self._lock:
             self._workers.discard(worker)
-            self.release(worker)
+            self.end_work(worker)
             if self._leader in (worker.ident, 0):  # it died of an error, or it is the thread that was wanting
                 self._hand_over()
 
@@ -2033,7 +2033,7 @@ class _Serving(socketserver.BaseServer):
                 try:
                     request, client_address = self.get_request()
                 except BlockingIOError:
-                    self._wait(me)
+                    self._poll_socket(me)
                     continue
                 except OSError as error:
                     self._not_received(error)
@@ -2043,7 +2043,7 @@ class _Serving(socketserver.BaseServer):
                         self.process_request(request, client_address)
                 except BaseException:  # one request must not end the others
                     self.handle_error(request, client_address)
-            self.release(threading.current_thread())
+            self.end_work(threading.current_thread())
 
     def _take_lead(self, me: int) -> bool:
         """Become the leader, now or later; False if this thread is not needed any more."""
@@ -2071,10 +2071,10 @@ class _Serving(socketserver.BaseServer):
         with self._lock:
             if self._leader == get_ident():
                 if self.current is not None:
-                    self.hold(threading.current_thread(), self.current)
+                    self.begin_work(threading.current_thread(), self.current)
                 self._hand_over()
 
-    def _wait(self, me: int) -> None:
+    def _poll_socket(self, me: int) -> None:
         """Sleep until there is a datagram, or the end."""
         with self._lock:
             if self._leader != me:
@@ -2121,27 +2121,27 @@ class _Serving(socketserver.BaseServer):
         if self.current is not None and leader is not None:
             if self.current.command is not None:
                 self.current.command.slow = True
-            self.hold(leader, self.current)
+            self.begin_work(leader, self.current)
             self.current.since -= TICK  # so long has it been at work already
         self._hand_over()
 
-    def hold(self, owner: Any, handler: Handler) -> None:
+    def begin_work(self, owner: Any, handler: Handler) -> None:
         """Remember that a worker or a Deferred still works on the request of HANDLER."""
         with self._lock:
-            self._owners[owner] = handler
-            handler.owners += 1
+            self._at_work[owner] = handler
+            handler.at_work += 1
             handler.since = time.monotonic()
-            if self._held.setdefault(handler.key, handler).answered:
-                self._held[handler.key] = handler
+            if self._by_datagram.setdefault(handler.key, handler).answered:
+                self._by_datagram[handler.key] = handler
 
-    def release(self, owner: Any) -> None:
+    def end_work(self, owner: Any) -> None:
         """Forget it again."""
         with self._lock:
-            handler = self._owners.pop(owner, None)
+            handler = self._at_work.pop(owner, None)
             if handler is not None:
-                handler.owners -= 1
-                if not handler.owners and self._held.get(handler.key) is handler:
-                    del self._held[handler.key]
+                handler.at_work -= 1
+                if not handler.at_work and self._by_datagram.get(handler.key) is handler:
+                    del self._by_datagram[handler.key]
             self._change.notify_all()
 
     # ---- one datagram
@@ -2161,7 +2161,7 @@ class _Serving(socketserver.BaseServer):
             _note(logging.ERROR, "nothing could be received: %a", str(error))
             time.sleep(TICK)  # whatever it is, it may last
 
-    def send(self, reply: bytes, address: Any) -> None:
+    def send_reply(self, reply: bytes, address: Any) -> None:
         """Send from the bound socket; wait for the client only where another thread receives meanwhile."""
         try:
             self.socket.sendto(reply, MSG_DONTWAIT, address)
@@ -2191,9 +2191,9 @@ class _Serving(socketserver.BaseServer):
             self.interface.count_reply()
 
     def _send_patiently(self, reply: bytes, address: Any) -> None:
-        self._wait_for(self.socket, reply, address)
+        self._send_in_turn(self.socket, reply, address)
 
-    def _wait_for(self, sock: Socket, reply: bytes, address: Any) -> None:
+    def _send_in_turn(self, sock: Socket, reply: bytes, address: Any) -> None:
         """Send within socket_timeout, one reply a client at a time."""
         with self._lock:
             if not self._timeout or address in self._waiting or len(self._waiting) >= (self._max_workers + 1) // 2:
@@ -2267,7 +2267,7 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
         return (data, self.socket, None), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._held and self._is_repeated((request[0], client_address)):
+        if self._by_datagram and self._is_repeated((request[0], client_address)):
             self.interface.count("retransmissions")
         else:
             self.finish_request(request, client_address)
@@ -2277,7 +2277,7 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
 
         A client that has its reply may ask the same again, so what is answered does not count.
         """
-        handler = self._held.get(key)
+        handler = self._by_datagram.get(key)
         return handler is not None and not handler.answered and time.monotonic() - handler.since >= TICK
 
 
@@ -2372,7 +2372,7 @@ class UnixServer(_Serving, _UnixBase):
             try:
                 aside.sendto(reply, MSG_DONTWAIT, address)
             except BlockingIOError:
-                self._wait_for(aside, reply, address)
+                self._send_in_turn(aside, reply, address)
             except PermissionError as error:
                 if error.errno == errno.EPERM:
                     raise BlockingIOError(errno.EAGAIN, "our send buffer is full") from None
@@ -2388,23 +2388,23 @@ class UnixServer(_Serving, _UnixBase):
                 self._aside = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
                 self._prepare_to_send(self._aside)
             self._aside_left = ASIDE_REPLIES
-            self.__dict__["send"] = self._send_aside  # in place of the method, which so costs nothing otherwise
+            self.__dict__["send_reply"] = self._send_aside  # in place of the method, which so costs nothing otherwise
 
     def _send_aside(self, reply: bytes, address: Any) -> None:
         self._aside_left -= 1
         try:
             if self._aside_left < 0 or self._aside is None:
-                self.__dict__.pop("send", None)
+                self.__dict__.pop("send_reply", None)
                 raise BlockingIOError
             self._aside.sendto(reply, MSG_DONTWAIT, address)
         except (OSError, TypeError):  # a connected client, or one whose queue is full: the usual way
-            type(self).send(self, reply, address)
+            type(self).send_reply(self, reply, address)
         else:
             self.interface.count_reply()
 
     def _close(self) -> None:
         super()._close()
-        self.__dict__.pop("send", None)
+        self.__dict__.pop("send_reply", None)
         if self._aside is not None:
             self._aside.close()
 
