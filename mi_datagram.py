@@ -1747,6 +1747,17 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
 
 
+@contextlib.contextmanager
+def _naming(socket_name: str, what: str = "") -> typing.Iterator[None]:
+    """Make of an OSError one that names the socket, and WHAT could not be done."""
+    try:
+        yield
+    except SocketError:
+        raise
+    except OSError as error:
+        raise SocketError(f"socket_name {socket_name!a}: {what}{error.strerror}") from None
+
+
 # Why a reply was lost, by the error that says so: the statistic, and a hint for the log.
 LOST = {
     errno.EAGAIN: ("dropped_unread", "the client does not read"),
@@ -2244,10 +2255,8 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
         return address
 
     def server_bind(self) -> None:
-        try:
+        with _naming(_udp_name(self.server_address)):
             self.socket.bind(self.server_address)
-        except OSError as error:
-            raise SocketError(f"socket_name {_udp_name(self.server_address)!a}: {error.strerror}") from None
         self.server_address = self.socket.getsockname()
 
     def _prepare(self, sock: Socket) -> None:
@@ -2302,7 +2311,7 @@ class UnixServer(_Serving, _UnixBase):
 
     _aside: Socket | None = None
     _aside_left = 0
-    _file = ("", (0, 0))  # the path and (device, inode) of the socket file that we made
+    _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
@@ -2324,25 +2333,17 @@ class UnixServer(_Serving, _UnixBase):
         """
         path = self.socket_name
         values = self.parameters
-        with _locked_folder(path):
+        with _naming(path), _locked_folder(path):
             _clear_path(path)
             os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
-            try:
-                self.socket.bind(path)
-            except OSError as error:
-                raise SocketError(f"socket_name {path!a}: {error.strerror}") from None
-        try:
+            self.socket.bind(path)
             status = os.lstat(path)
-        except OSError as error:
-            raise SocketError(f"socket_name {path!a}: {error.strerror}") from None
-        self._file = (os.path.abspath(path), (status.st_dev, status.st_ino))
+        self._file = os.path.abspath(path), status
         self.remove_file = weakref.finalize(self, _remove_file, *self._file, os.getpid())
-        try:
+        with _naming(path, "owner or mode cannot be set: "):
             owner = [values["unix_socket_user"], values["unix_socket_group"]]
             os.chown(path, *[-1 if one is None else one for one in owner], follow_symlinks=False)  # -1: as it is
-            _chmod_socket(path, self._file[1], values["unix_socket_mode"])
-        except OSError as error:
-            raise SocketError(f"socket_name {path!a}: owner or mode cannot be set: {error.strerror}") from None
+            _chmod_socket(path, status, values["unix_socket_mode"])
 
     def _prepare(self, sock: Socket) -> None:
         super()._prepare(sock)
@@ -2420,7 +2421,7 @@ def _close_descriptors(kind: int, value: bytes) -> None:
             os.close(descriptor)
 
 
-def _chmod_socket(path: str, identity: tuple[int, int], mode: int) -> None:
+def _chmod_socket(path: str, ours: os.stat_result, mode: int) -> None:
     """Change the mode of the socket file that is ours, not of what somebody put in its place."""
     if not (hasattr(os, "O_PATH") and os.path.exists("/proc/self/fd")):  # in a chroot it need not be there
         os.chmod(path, mode)
@@ -2428,7 +2429,7 @@ def _chmod_socket(path: str, identity: tuple[int, int], mode: int) -> None:
     descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
-        if (status.st_dev, status.st_ino) != identity or not stat.S_ISSOCK(status.st_mode):
+        if not (os.path.samestat(status, ours) and stat.S_ISSOCK(status.st_mode)):
             raise OSError(errno.EEXIST, "somebody else put another file there")
         os.chmod(f"/proc/self/fd/{descriptor}", mode)
     finally:
@@ -2467,8 +2468,6 @@ def _clear_path(path: str) -> None:
         status = os.lstat(path)
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise SocketError(f"socket_name {path!a}: {error.strerror}") from None
     if not stat.S_ISSOCK(status.st_mode):
         raise SocketError(f"socket_name {path!a}: there is something that is no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
@@ -2476,21 +2475,19 @@ def _clear_path(path: str) -> None:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
-            return
         except FileNotFoundError:
-            return
+            pass
         except OSError as error:
             raise SocketError(f"socket_name {path!a}: there is a socket in use ({error.strerror})") from None
-    raise SocketError(f"socket_name {path!a}: a server listens there already")
+        else:
+            raise SocketError(f"socket_name {path!a}: a server listens there already")
 
 
-def _remove_file(path: str, identity: tuple[int, int], pid: int) -> None:
-    """Remove the socket file if it is still the one that process PID made."""
-    if pid == os.getpid():
-        with contextlib.suppress(OSError):
-            status = os.lstat(path)
-            if (status.st_dev, status.st_ino) == identity:
-                os.unlink(path)
+def _remove_file(path: str, ours: os.stat_result, pid: int) -> None:
+    """Remove the socket file if it is still OURS, and that of process PID."""
+    with contextlib.suppress(OSError):
+        if pid == os.getpid() and os.path.samestat(os.lstat(path), ours):
+            os.unlink(path)
 
 
 # ------------------------------------------------------------------- client ----
@@ -2866,7 +2863,7 @@ class _Children:
         """End this child when the parent is gone, and remove the socket file in its stead."""
         os.read(self.lifeline[0], 1)
         log.error("the parent process is gone: ending")
-        if isinstance(self.server, UnixServer):
+        if isinstance(self.server, UnixServer) and self.server._file:
             _remove_file(*self.server._file, os.getpid())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)

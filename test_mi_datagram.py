@@ -2263,6 +2263,15 @@ def test_dead_socket_that_goes_meanwhile(folder, monkeypatch):
         assert ask(server, b":nothing:\n") == b"200 OK\n"
 
 
+def test_dead_socket_that_may_not_be_removed(folder):
+    """A dead socket of somebody else in a folder like /tmp is an error that names it."""
+    folder.chmod(0o1777)
+    dead_socket(folder / "s")
+    (folder / "s").chmod(0o777)
+    error = as_nobody(lambda: interface().server(str(folder / "s")))
+    assert isinstance(error, mi_datagram.SocketError) and str(folder / "s") in str(error)
+
+
 def test_owner_that_cannot_be_set(folder):
     """Where the kernel refuses the owner asked for, that is an error that names the socket, and no file stays."""
     folder.chmod(0o777)
