@@ -124,11 +124,11 @@ class Error(Exception):
 
 
 class ParameterError(Error, ValueError):
-    """A parameter has a value that is not allowed; the text names all three."""
+    """A parameter has a value that is not allowed; the text names both and says what is."""
 
 
 class SocketError(ParameterError, OSError):
-    """The socket cannot be made, or cannot be reached, as its name stands."""
+    """The socket of this name cannot be made, or nobody can be reached by it."""
 
 
 class RequestError(Error, ValueError):
@@ -186,8 +186,10 @@ class _Fault(CommandError):
         self.silent = silent or not code
 
 
-def _note(level: int, text: str, *arguments: object, error: BaseException | None = None) -> None:
-    """Log to the module's logger, with the traceback of ERROR; a log handler that raises stops nothing.
+def _note(
+    level: int, text: str, *arguments: object, error: BaseException | None = None, to: logging.Logger = log
+) -> None:
+    """Log, with the traceback of ERROR; a log handler that raises stops nothing.
 
     What came from a peer is printed by %a, and a traceback is indented, so that neither forges a line.
     """
@@ -195,7 +197,7 @@ def _note(level: int, text: str, *arguments: object, error: BaseException | None
         if error is not None:
             text += "%s"
             arguments += (_traceback(error),)
-        log.log(level, text, *arguments)
+        to.log(level, text, *arguments)
     except Exception:  # there is nobody left to tell
         pass
 
@@ -932,10 +934,7 @@ class Exchange:
         if request is not None:
             values.insert(0, request)
         if not command.read_only and audit.isEnabledFor(logging.INFO):
-            try:
-                audit.info("%a by %s", command.name, self.peer)
-            except Exception:  # a log handler that raises stops no command
-                pass
+            _note(logging.INFO, "%a by %s", command.name, self.peer, to=audit)
         try:
             if command.slow:
                 return self._run_aside(command, values, named)
@@ -1229,17 +1228,19 @@ class Interface:
     # ---- for the program
 
     @typing.overload
-    def command(self, function: _F) -> _F: ...
+    def command(
+        self,
+        function: _F,
+        *,
+        name: str | None = ...,
+        pass_request: bool = ...,
+        read_only: bool = ...,
+        replace: bool = ...,
+    ) -> _F: ...
 
     @typing.overload
     def command(
-        self,
-        function: None = None,
-        *,
-        name: str | None = None,
-        pass_request: bool = False,
-        read_only: bool = False,
-        replace: bool = False,
+        self, *, name: str | None = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
     ) -> Callable[[_F], _F]: ...
 
     def command(
@@ -1346,7 +1347,7 @@ class Interface:
             if name not in CORE:
                 raise ParameterError(f"core command {name!a}: allowed are {', '.join(CORE)}")
             if name not in self.commands:
-                self.command(getattr(core, name), read_only=CORE[name])
+                self.command(getattr(core, name), read_only=name in CORE_READ_ONLY)
                 self.commands[name].core = True
 
     def server(self, socket_name: str, **parameters: Any) -> UnixServer | UDPServer:
@@ -1364,36 +1365,22 @@ class Interface:
         return Exchange(Service(self), peer, send).answer(data)
 
     def use_counters(self, make: Callable[[], Counter]) -> None:
-        """Count the service's own statistics with what MAKE makes, always asked in the same order."""
-        self._counters = {kind: make() for kind in (*COUNTERS, *FAULTS)}
-        self.statistics.update({f"mi_datagram:{kind}": counter for kind, counter in self._counters.items()})
+        """For servers: count their own statistics with what MAKE makes, always asked in the same order."""
+        self.statistics.update({f"mi_datagram:{kind}": make() for kind in (*COUNTERS, *FAULTS)})
         self.statistics["mi_datagram:threads"] = _count_threads
-        self.count_request = self._counters["requests"].add  # these two in every request, so looked up here
-        self.count_reply = self._counters["replies"].add
+        self.count_request = self.counter("mi_datagram:requests").add  # these two in every request, so looked up here
+        self.count_reply = self.counter("mi_datagram:replies").add
 
     def count(self, name: str) -> None:
-        """Count one more in the server's own group of statistics."""
-        self._counters[name].add()
+        """For servers: count one more in their own group of statistics."""
+        self.counter(f"mi_datagram:{name}").add()
 
 
 # ------------------------------------------------------------ core commands ----
 
-# Their names, and whether they change nothing.
-CORE = {
-    "arg": True,
-    "clear_statistics": False,
-    "debug": False,
-    "get_statistics": True,
-    "help": True,
-    "kill": False,
-    "ps": True,
-    "pwd": True,
-    "reset_statistics": False,
-    "threads": True,
-    "uptime": True,
-    "version": True,
-    "which": True,
-}
+# Their names; the first change nothing.
+CORE_READ_ONLY = ("arg", "get_statistics", "help", "ps", "pwd", "threads", "uptime", "version", "which")
+CORE = (*CORE_READ_ONLY, "clear_statistics", "debug", "kill", "reset_statistics")
 
 # The original's log levels, as `debug` has them: -5 alert … -1 error, 0 warning, 1 notice, 2 info, 3 debug.
 DEBUG_LEVELS = {3: 10, 2: 20, 1: 25, 0: 30, -1: 40, -2: 50, -3: 51, -4: 52, -5: 53}
@@ -2276,18 +2263,15 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
         return (data, self.socket, None), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._by_datagram and self._is_repeated((request[0], client_address)):
-            self.interface.count("retransmissions")
-        else:
-            self.finish_request(request, client_address)
-
-    def _is_repeated(self, key: Any) -> bool:
-        """Whether the same datagram of the same peer has been at work for a TICK: one client sends up to three.
+        """Handle the request, unless the same of the same peer has been at work for a TICK: one client sends up to three.
 
         A client that has its reply may ask the same again, so what is answered does not count.
         """
-        handler = self._by_datagram.get(key)
-        return handler is not None and not handler.answered and time.monotonic() - handler.since >= TICK
+        first = self._by_datagram.get((request[0], client_address)) if self._by_datagram else None
+        if first is None or first.answered or time.monotonic() - first.since < TICK:
+            self.finish_request(request, client_address)
+        else:
+            self.interface.count("retransmissions")
 
 
 def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
@@ -2943,11 +2927,6 @@ def _literal(value: str, where: str) -> str | int:
 # -------------------------------------------------------------------- shell ----
 
 
-def _show(reply: Reply) -> str:
-    """Write a reply's tree as it came."""
-    return _harmless(format_reply(reply).decode("utf-8", "replace").partition("\n")[2])
-
-
 def _harmless(text: str) -> str:
     """Escape what would drive a terminal."""
     return "".join([c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text])
@@ -2965,7 +2944,8 @@ def _run_words(client: Client, words: list[str], as_json: bool = False) -> int:
                 reply = client._call(request)
             except RequestError as error:
                 raise NoAnswer(f"the reply cannot be read: {error}") from None
-            sys.stdout.write(_show(reply))
+            tree = format_reply(reply).partition(b"\n")[2]
+            sys.stdout.write(_harmless(tree.decode("utf-8", "replace")))
         sys.stdout.flush()
     except CommandError as error:
         print(_harmless(str(error)), file=sys.stderr)
