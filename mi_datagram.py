@@ -1782,7 +1782,17 @@ class _Serving(socketserver.BaseServer):
     """
 
     socket: Socket
+    current: Handler | None = None  # the one that the leader is in
+    remove_file: Callable[[], object] = staticmethod(lambda: None)  # if there is one and it is still ours
     _silent = False
+    _state = "idle"  # then "serving", "stopping", "idle" or "closed"
+    _close_at_end = False
+    _leader = 0
+    _leader_polls = False
+    _watcher: threading.Thread | None = None
+    _watcher_sleeps = False
+    _wake: tuple[int, int] | None = None  # a pipe: written to at the end
+    _spares = 0
 
     def __init__(
         self,
@@ -1802,11 +1812,14 @@ class _Serving(socketserver.BaseServer):
         self.parameters = values = check_parameters(parameters)
         if values["children_count"] > 1:
             raise _wrong("children_count", values["children_count"], "only python -m mi_datagram has children")
-        self.interface = interface
-        indent = values["reply_indent"]
-        looks = indent, indent if values["pretty_printing"] else None
-        self.service = Service(interface, values["socket_buf_size"], *looks, authorize, self._silent)
-        self.current: Handler | None = None
+        self.service = Service(
+            interface,
+            limit=values["socket_buf_size"],
+            indent=values["reply_indent"],
+            json_indent=values["reply_indent"] if values["pretty_printing"] else None,
+            authorize=authorize,
+            silent=self._silent,
+        )
         self._timeout: float = values["socket_timeout"] / 1000
         self._buffer = self.service.limit + 1  # bytes: one more shows that a request is too long
         self._max_workers: int = values["max_threads"] - 1
@@ -1815,19 +1828,10 @@ class _Serving(socketserver.BaseServer):
         self._lock = threading.RLock()
         self._vacancy = threading.Condition(self._lock)  # here spares wait for the lead
         self._change = threading.Condition(self._lock)  # here the watcher waits, and who waits for the end
-        self._state = "idle"  # then "serving", "stopping", "idle" or "closed"
-        self._close_at_end = False
-        self._leader = 0
-        self._leader_polls = False
-        self._watcher: threading.Thread | None = None
-        self._watcher_sleeps = False
         self._workers: set[threading.Thread] = set()
-        self._spares = 0
         self._waiting: set[Any] = set()  # the clients that a reply waits for
         self._at_work: dict[Any, Handler] = {}  # worker or Deferred -> the handler whose request it works on
         self._by_datagram: dict[Any, Handler] = {}  # such a handler by its datagram and peer
-        self._wake: tuple[int, int] | None = None
-        self.remove_file: Callable[[], object] = lambda: None  # if there is one and it is still ours
         if not (MSG_DONTWAIT and hasattr(select, "poll")):
             raise SocketError("this system lacks MSG_DONTWAIT or poll")
         address = self._resolve(parse_socket_name(socket_name))
@@ -1837,6 +1841,11 @@ class _Serving(socketserver.BaseServer):
             self.socket = listening
             self.server_address = listening.getsockname()
         self._prepare(self.socket)
+
+    @property
+    def interface(self) -> Interface:
+        """The Interface that is served."""
+        return self.service.interface
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         """Check that NAME is one for this class and give the address to bind."""
@@ -1922,22 +1931,19 @@ class _Serving(socketserver.BaseServer):
             self._drop_deferred()
             self.interface.deadlines.settle()
         finally:  # after a second Ctrl-C too
-            self._end()
+            with self._change:
+                for descriptor in self._wake or ():
+                    os.close(descriptor)
+                self._wake = self._watcher = None
+                self._state = "idle"
+                if self._close_at_end:
+                    self._close()
+                self._change.notify_all()
 
     def _drop_deferred(self) -> None:
         for owner in list(self._at_work):
             if isinstance(owner, Deferred):
                 owner.drop()
-
-    def _end(self) -> None:
-        with self._change:
-            for descriptor in self._wake or ():
-                os.close(descriptor)
-            self._wake = self._watcher = None
-            self._state = "idle"
-            if self._close_at_end:
-                self._close()
-            self._change.notify_all()
 
     def shutdown(self) -> None:
         """End serve_forever and wait for it; in a thread of this server or a command on a loop, ask and return."""
@@ -2166,7 +2172,7 @@ class _Serving(socketserver.BaseServer):
         except (OSError, TypeError) as error:
             self._not_sent(reply, address, error)
         else:
-            self.interface.count_reply()
+            self.service.interface.count_reply()
 
     def _not_sent(self, reply: bytes, address: Any, error: Exception) -> None:
         if not address:
@@ -2186,7 +2192,7 @@ class _Serving(socketserver.BaseServer):
         except OSError as error:
             self._lost(address, error)
         else:
-            self.interface.count_reply()
+            self.service.interface.count_reply()
 
     def _send_patiently(self, reply: bytes, address: Any) -> None:
         self._send_in_turn(self.socket, reply, address)
@@ -2385,7 +2391,7 @@ class UnixServer(_Serving, _UnixBase):
         except (OSError, TypeError):  # a connected client, or one whose queue is full: the usual way
             type(self).send_reply(self, reply, address)
         else:
-            self.interface.count_reply()
+            self.service.interface.count_reply()
 
     def _close(self) -> None:
         super()._close()
