@@ -662,9 +662,9 @@ class Command:
         self.core = False  # whether it is one of CORE
         self.doc = inspect.getdoc(function) or ""
         self.slow = False  # whether its last run took longer than a TICK
-        self._pass_request = ["the Request"] if pass_request else []
+        self._first = ["the Request"] if pass_request else []
         self._signature = inspect.signature(function)
-        self.parameters = list(self._signature.parameters.values())[len(self._pass_request) :]
+        self.parameters = list(self._signature.parameters.values())[len(self._first) :]
         self._named = {p.name for p in self.parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self._required = {p.name for p in self.parameters if p.default is p.empty and p.kind not in stars}
@@ -691,7 +691,7 @@ class Command:
         try:
             if count < self._least:  # which some versions of bind overlook where **names has the name
                 raise TypeError
-            bound = self._signature.bind(*self._pass_request, *range(count), **{name: name for name in names})
+            bound = self._signature.bind(*self._first, *range(count), **{name: name for name in names})
         except TypeError:
             reason = "Named parameters do not match" if names else "Too few or too many parameters"
             raise _Fault("bad_arguments", reason) from None
@@ -1216,13 +1216,14 @@ class Interface:
         self.logger = logger or logging.getLogger()
         self.loop = loop
         self.started = time.time()
-        self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
-        self.level_changed: Callable[[int], object] = lambda level: None
         self.commands: dict[str, Command] = {}
         self.statistics: dict[str, Callable[[], Any]] = {}
+        # For servers:
+        self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
+        self.level_changed: Callable[[int], object] = lambda level: None
         self.first_lines: dict[bytes, Command] = {}  # by what a request begins with
-        self.use_counters(Counter)
         self.deadlines = _Deadlines()
+        self.use_counters(Counter)
         self.add_core(set(CORE) - {"kill", "arg", "debug"} if core is None else core)
 
     # ---- for the program
@@ -1364,15 +1365,17 @@ class Interface:
         """
         return Exchange(Service(self), peer, send).answer(data)
 
+    # ---- for servers
+
     def use_counters(self, make: Callable[[], Counter]) -> None:
-        """For servers: count their own statistics with what MAKE makes, always asked in the same order."""
+        """Count the service's own statistics with what MAKE makes, always asked in the same order."""
         self.statistics.update({f"mi_datagram:{kind}": make() for kind in (*COUNTERS, *FAULTS)})
         self.statistics["mi_datagram:threads"] = _count_threads
         self.count_request = self.counter("mi_datagram:requests").add  # these two in every request, so looked up here
         self.count_reply = self.counter("mi_datagram:replies").add
 
     def count(self, name: str) -> None:
-        """For servers: count one more in their own group of statistics."""
+        """Count one more in the service's own group of statistics."""
         self.counter(f"mi_datagram:{name}").add()
 
 
@@ -2177,12 +2180,11 @@ class _Serving(socketserver.BaseServer):
     def _not_sent(self, reply: bytes, address: Any, error: Exception) -> None:
         if not address:
             self.interface.count("dropped_unbound")
-        elif isinstance(error, BlockingIOError):
-            if threading.current_thread() in self._workers or self._state == "idle":
-                self._deliver(reply, address)
-            elif not self._spawn(self._deliver, reply, address):  # a late reply's thread may not wait
-                self._lost(address, error)
-        else:
+        elif not isinstance(error, BlockingIOError):
+            self._lost(address, error)
+        elif threading.current_thread() in self._workers or self._state == "idle":
+            self._deliver(reply, address)
+        elif not self._spawn(self._deliver, reply, address):  # a late reply's thread may not wait
             self._lost(address, error)
 
     def _deliver(self, reply: bytes, address: Any) -> None:
@@ -2690,10 +2692,10 @@ class _Signals:
 def _serve_until_told(
     server: UnixServer | UDPServer,
     signals: _Signals,
-    on_hangup: Callable[[], object],
-    on_second: Callable[[], object],
+    on_hangup: Callable[[], object] = lambda: None,
+    on_second: Callable[[], object] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; ON_SECOND is for when it is asked again."""
+    """Serve until SIGTERM or SIGINT; ON_HANGUP is for SIGHUP, ON_SECOND for when it is asked again."""
     asked = False
     while True:
         number = signals.wait()
@@ -2842,7 +2844,7 @@ class _Children:
                 raise
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             # A process group, or systemd, sends a SIGTERM beside the parent's; the parent can SIGKILL.
-            _serve_until_told(self.server, signals, self.take_level, lambda: None)
+            _serve_until_told(self.server, signals, on_hangup=self.take_level)
             status = 0
         except BaseException as error:
             _note(logging.ERROR, "child %d failed", index, error=error)
@@ -3216,7 +3218,7 @@ def _serve(server: UnixServer | UDPServer, signals: _Signals, children_count: in
         server.remove_file()
         os._exit(1)
 
-    _serve_until_told(server, signals, lambda: None, end_at_once)  # on SIGHUP there is nothing to read again
+    _serve_until_told(server, signals, on_second=end_at_once)  # on SIGHUP there is nothing to read again
     return 0
 
 
