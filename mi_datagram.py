@@ -207,8 +207,12 @@ def _traceback(error: BaseException) -> str:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception:  # it reads files, and there may be no descriptor left
         text = f"{type(error).__name__}: {error}"
-    shown = ["".join([c if c.isprintable() else ascii(c)[1:-1] for c in line]) for line in text.split("\n") if line]
-    return "\n    | ".join(["", *shown])
+    return "\n    | ".join(["", *filter(None, _harmless(text).split("\n"))])
+
+
+def _harmless(text: str) -> str:
+    """Escape what would drive a terminal."""
+    return "".join([c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text])
 
 
 # ---------------------------------------------------------------- values ----
@@ -897,7 +901,7 @@ class Exchange:
         return None if outcome.__class__ is Deferred else self._format_line(outcome)
 
     def _refuse(self, kind: str, detail: object) -> typing.NoReturn:
-        """Refuse a datagram that yields no command, in the words that its peer may know."""
+        """Refuse a datagram that yields no command; a peer that may not ask learns only that."""
         self._authorize("")
         raise _Fault(kind, detail=detail)
 
@@ -912,7 +916,7 @@ class Exchange:
         raise _Fault("forbidden", detail=name, silent=self.service.silent)
 
     def _blame(self, error: CommandError, name: str | None = None) -> CommandError:
-        """Count and log what went wrong in the command NAME, by default in the only one."""
+        """Count and log what went wrong in the command NAME, by default in the one that runs."""
         kind = error.kind if isinstance(error, _Fault) else "command_errors"
         self.service.interface.count(kind)
         if name is None:
@@ -1352,7 +1356,7 @@ class Interface:
                 self.commands[name].core = True
 
     def server(self, socket_name: str, **parameters: Any) -> UnixServer | UDPServer:
-        """Make a server of these commands: a UnixServer or a UDPServer, whose texts list the PARAMETERS."""
+        """Make a server of these commands: a UnixServer or a UDPServer; help() of these lists the PARAMETERS."""
         kind = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
         return kind(socket_name, self, **parameters)
 
@@ -1381,7 +1385,7 @@ class Interface:
 
 # ------------------------------------------------------------ core commands ----
 
-# Their names; the first change nothing.
+# Their names; those that only read change nothing.
 CORE_READ_ONLY = ("arg", "get_statistics", "help", "ps", "pwd", "threads", "uptime", "version", "which")
 CORE = (*CORE_READ_ONLY, "clear_statistics", "debug", "kill", "reset_statistics")
 
@@ -2935,11 +2939,6 @@ def _literal(value: str, where: str) -> str | int:
 # -------------------------------------------------------------------- shell ----
 
 
-def _harmless(text: str) -> str:
-    """Escape what would drive a terminal."""
-    return "".join([c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text])
-
-
 def _run_words(client: Client, words: list[str], as_json: bool = False) -> int:
     """Run a command as typed, print what comes, give the exit status."""
     try:
@@ -3118,7 +3117,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command == "call":
         add("json", "ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such", action="store_true")
         parser.add_argument("command", metavar="COMMAND", help="`which` lists them")
-        values = "by position, by name, or a value that has :: in it"
+        values = "by position, by name, by position with :: in it"
         parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="VALUE | NAME::VALUE | ::VALUE", help=values)
     return parser
 
