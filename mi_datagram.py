@@ -863,6 +863,7 @@ class Exchange:
     """
 
     service: Service
+    dialect = "line"
     command: Command | None = None  # the one that runs now
 
     def __init__(self, service: Service, peer: Peer | None, send: Callable[[bytes], object] | None) -> None:
@@ -929,12 +930,10 @@ class Exchange:
         _note(level, "%a from %s: %s: %a", name, self.peer, kind, detail[:DETAIL])
         return error
 
-    def _run(
-        self, command: Command, values: list[Any], named: dict[str, Any], dialect: str, request: Request | None = None
-    ) -> Any:
+    def _run(self, command: Command, values: list[Any], named: dict[str, Any], request: Request | None = None) -> Any:
         """Bind the arguments and run the command; what it raises comes out as a CommandError."""
         self.command = command
-        command.bind(values, named, dialect)
+        command.bind(values, named, self.dialect)
         if request is not None:
             values.insert(0, request)
         if not command.read_only and audit.isEnabledFor(logging.INFO):
@@ -955,7 +954,6 @@ class Exchange:
         command: Command,
         values: list[Any],
         named: dict[str, Any],
-        dialect: str,
         deliver: Callable[[Any], object],
         arguments: list[tuple[str, Any]] | None = None,
     ) -> Any:
@@ -980,10 +978,10 @@ class Exchange:
             return deferred
 
         arguments = arguments or [*[("", value) for value in values], *named.items()]
-        request = Request(command.name, arguments, self.peer, dialect, defer)
+        request = Request(command.name, arguments, self.peer, self.dialect, defer)
         outcome: Any = None
         try:
-            outcome = self._run(command, values, named, dialect, request)
+            outcome = self._run(command, values, named, request)
             if isinstance(outcome, Deferred) and outcome not in deferreds:
                 raise _failure(command.name, Error("it returned the Deferred of another request"))
         except CommandError as error:
@@ -1034,8 +1032,8 @@ class Exchange:
                 values = [value for line in text.split("\n") if (value := line.strip(WHITE))]
                 named = {}
             if command.pass_request:
-                return self._run_with_request(command, values, named, "line", self._deliver_line, arguments)
-            return self._run(command, values, named, "line")
+                return self._run_with_request(command, values, named, self._deliver_line, arguments)
+            return self._run(command, values, named)
         except CommandError as error:
             return self._blame(error)
 
@@ -1068,6 +1066,7 @@ class Exchange:
 
     def _answer_json(self, data: bytes) -> bytes | None:
         """Answer a call, or a batch of calls."""
+        self.dialect = "json"
         try:
             document = self._parse_json(data)
         except CommandError as error:
@@ -1128,8 +1127,8 @@ class Exchange:
             params = call.get("params", [])
             values, named = ([], dict(params)) if isinstance(params, dict) else (list(params), {})
             if command.pass_request:
-                return self._run_with_request(command, values, named, "json", deliver)
-            return self._run(command, values, named, "json")
+                return self._run_with_request(command, values, named, deliver)
+            return self._run(command, values, named)
         except CommandError as error:
             return self._blame(error, name)
 
@@ -1234,18 +1233,12 @@ class Interface:
 
     @typing.overload
     def command(
-        self,
-        function: _F,
-        *,
-        name: str | None = ...,
-        pass_request: bool = ...,
-        read_only: bool = ...,
-        replace: bool = ...,
+        self, function: _F, *, name: str = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
     ) -> _F: ...
 
     @typing.overload
     def command(
-        self, *, name: str | None = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
+        self, *, name: str = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
     ) -> Callable[[_F], _F]: ...
 
     def command(
@@ -1631,11 +1624,7 @@ PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
     "unix_socket_mode": (0o660, _mode, "permissions of the socket file; text is octal"),
     "unix_socket_user": (None, _owner, "owner of the socket file, name or number"),
     "unix_socket_group": (None, _owner, "group of the socket file, name or number"),
-    "socket_timeout": (
-        SOCKET_TIMEOUT,
-        _between(0, 2**31 - 1),
-        "ms that a reply may wait for its client; 0: not at all",
-    ),
+    "socket_timeout": (SOCKET_TIMEOUT, _between(0, 2**31 - 1), "ms that a reply may wait; 0: not at all"),
     "reply_indent": ("\t", _indent, "one level of a reply's tree"),
     "socket_buf_size": (SOCKET_BUF_SIZE, _between(64, UNIX_PAYLOAD), "longest request and longest reply, bytes"),
     "pretty_printing": (False, _truth, "whether JSON replies are indented"),
@@ -1828,6 +1817,7 @@ class _Serving(socketserver.BaseServer):
             silent=self._silent,
         )
         self._timeout: float = values["socket_timeout"] / 1000
+        self.drain_time: float = max(self._timeout, SOCKET_TIMEOUT / 1000)  # s that stopping waits for what runs
         self._buffer = self.service.limit + 1  # bytes: one more shows that a request is too long
         self._max_workers: int = values["max_threads"] - 1
         self._max_spares = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # so that there is one for a late reply
@@ -1995,11 +1985,6 @@ class _Serving(socketserver.BaseServer):
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    @property
-    def drain_time(self) -> float:
-        """How long stopping waits for what runs, in s."""
-        return max(self._timeout, SOCKET_TIMEOUT / 1000)
 
     def adopt(self) -> None:
         """For a child: serve in this process, forked from the one that made the server and removes its file."""
