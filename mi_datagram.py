@@ -942,8 +942,6 @@ class Exchange:
             if command.slow:
                 return self._run_aside(command, values, named)
             return command.function(*values, **named)
-        except CommandError:
-            raise
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                 raise  # the user's Ctrl-C, not the command's
@@ -1159,7 +1157,7 @@ class Exchange:
 
 
 def _failure(name: str, error: BaseException) -> CommandError:
-    """Make of what a command raised what its peer may know; the log has the rest."""
+    """Make of what a command raised what its peer may know: its own CommandError, or no more than that it failed."""
     if isinstance(error, CommandError):
         return error
     _note(logging.ERROR, "command %a failed", name, error=error)
@@ -3083,14 +3081,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
     def add_setting(names: str, meaning: str, metavar: str = "VALUE") -> None:
         add_list(names, meaning, metavar, dest="settings", type=lambda value: (names.split()[-1], value))
 
+    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})"
     if command:
-        socket_name = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})"
-        add("-s socket_name", socket_name, default=DEFAULT_SOCKET, metavar="NAME")
-        timeout = f"ms to wait for the reply (default {SOCKET_TIMEOUT})"
-        add("timeout", timeout, default=SOCKET_TIMEOUT, metavar="MS")
+        add("-s socket_name", names, metavar="NAME", default=DEFAULT_SOCKET)
+        add("timeout", f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
         add("reply_dir", "where to make the socket that replies come to", metavar="DIR")
     else:
-        add_setting("-s socket_name", f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})", "NAME")
+        add_setting("-s socket_name", names, "NAME")
         add_list("load", "serve its Interface called mi, or NAME", "MODULE_OR_FILE[:NAME]")
         add_setting("config", 'read the modparam("mi_datagram", ...) lines of a file', "FILE")
         add_list("allow_network", "let in the UDP peers of a network", "NETWORK")
