@@ -1699,18 +1699,18 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
 
     def send(self, reply: bytes) -> None:
         self.answered = True
-        self.server.send_reply(reply, self.client_address)
+        self.server._send_reply(reply, self.client_address)
 
     def make_way(self) -> None:
-        self.server.make_way()
+        self.server._make_way()
 
     def deferred_begins(self, deferred: Deferred) -> None:
-        self.server.begin_work(deferred, self)
+        self.server._begin_work(deferred, self)
         super().deferred_begins(deferred)
 
     def deferred_ended(self, deferred: Deferred) -> None:
         super().deferred_ended(deferred)
-        self.server.end_work(deferred)
+        self.server._end_work(deferred)
 
 
 # ------------------------------------------------------------------ servers ----
@@ -2016,7 +2016,7 @@ class _Serving(socketserver.BaseServer):
     def _leave(self, worker: threading.Thread) -> None:
         with self._lock:
             self._workers.discard(worker)
-            self.end_work(worker)
+            self._end_work(worker)
             if self._leader in (worker.ident, 0):  # it died of an error, or it is the thread that was wanting
                 self._hand_over()
 
@@ -2037,7 +2037,7 @@ class _Serving(socketserver.BaseServer):
                         self.process_request(request, client_address)
                 except BaseException:  # one request must not end the others
                     self.handle_error(request, client_address)
-            self.end_work(threading.current_thread())
+            self._end_work(threading.current_thread())
 
     def _take_lead(self, me: int) -> bool:
         """Become the leader, now or later; False if this thread is not needed any more."""
@@ -2060,12 +2060,12 @@ class _Serving(socketserver.BaseServer):
             else:
                 self._spawn(self._work)
 
-    def make_way(self) -> None:
+    def _make_way(self) -> None:
         """Have another thread receive while this one waits."""
         with self._lock:
             if self._leader == get_ident():
                 if self.current is not None:
-                    self.begin_work(threading.current_thread(), self.current)
+                    self._begin_work(threading.current_thread(), self.current)
                 self._hand_over()
 
     def _poll_socket(self, me: int) -> None:
@@ -2115,11 +2115,11 @@ class _Serving(socketserver.BaseServer):
         if self.current is not None and leader is not None:
             if self.current.command is not None:
                 self.current.command.slow = True
-            self.begin_work(leader, self.current)
+            self._begin_work(leader, self.current)
             self.current.since -= TICK  # so long has it been at work already
         self._hand_over()
 
-    def begin_work(self, owner: Any, handler: Handler) -> None:
+    def _begin_work(self, owner: Any, handler: Handler) -> None:
         """Remember that a worker or a Deferred still works on the request of HANDLER."""
         with self._lock:
             self._at_work[owner] = handler
@@ -2128,7 +2128,7 @@ class _Serving(socketserver.BaseServer):
             if self._by_datagram.setdefault(handler.key, handler).answered:
                 self._by_datagram[handler.key] = handler
 
-    def end_work(self, owner: Any) -> None:
+    def _end_work(self, owner: Any) -> None:
         """Forget it again."""
         with self._lock:
             handler = self._at_work.pop(owner, None)
@@ -2155,7 +2155,7 @@ class _Serving(socketserver.BaseServer):
             _note(logging.ERROR, "nothing could be received: %a", str(error))
             time.sleep(TICK)  # whatever it is, it may last
 
-    def send_reply(self, reply: bytes, address: Any) -> None:
+    def _send_reply(self, reply: bytes, address: Any) -> None:
         """Send from the bound socket; wait for the client only where another thread receives meanwhile."""
         try:
             self.socket.sendto(reply, MSG_DONTWAIT, address)
@@ -2193,7 +2193,7 @@ class _Serving(socketserver.BaseServer):
                 raise BlockingIOError(errno.EAGAIN, "too many replies wait")
             self._waiting.add(address)
         try:
-            self.make_way()
+            self._make_way()
             sock.sendto(reply, address)
         finally:
             with self._lock:
@@ -2368,23 +2368,23 @@ class UnixServer(_Serving, _UnixBase):
                 self._aside = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
                 self._prepare_to_send(self._aside)
             self._aside_left = ASIDE_REPLIES
-            self.__dict__["send_reply"] = self._send_aside  # in place of the method, which so costs nothing otherwise
+            self.__dict__["_send_reply"] = self._send_aside  # in place of the method, which so costs nothing otherwise
 
     def _send_aside(self, reply: bytes, address: Any) -> None:
         self._aside_left -= 1
         try:
             if self._aside_left < 0 or self._aside is None:
-                self.__dict__.pop("send_reply", None)
+                self.__dict__.pop("_send_reply", None)
                 raise BlockingIOError
             self._aside.sendto(reply, MSG_DONTWAIT, address)
         except (OSError, TypeError):  # a connected client, or one whose queue is full: the usual way
-            type(self).send_reply(self, reply, address)
+            type(self)._send_reply(self, reply, address)
         else:
             self.service.interface.count_reply()
 
     def _close(self) -> None:
         super()._close()
-        self.__dict__.pop("send_reply", None)
+        self.__dict__.pop("_send_reply", None)
         if self._aside is not None:
             self._aside.close()
 
@@ -2695,7 +2695,7 @@ def _serve_until_told(
             asked = True
             _tell_systemd("STOPPING=1")
             threading.Thread(target=lambda: signals.wake_after(server.stop), daemon=True).start()
-        elif number == getattr(signal, "SIGHUP", None):
+        elif number == signal.SIGHUP:
             on_hangup()
 
 
