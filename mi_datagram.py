@@ -2229,8 +2229,8 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
         if isinstance(name, str):
             raise _wrong("socket_name", name, "udp:HOST:PORT is allowed here")
         self.address_family, address = _udp_address(name)
-        if self.parameters["socket_buf_size"] > UDP_PAYLOAD:
-            raise _wrong("socket_buf_size", self.parameters["socket_buf_size"], f"at most {UDP_PAYLOAD} over UDP")
+        if self.service.limit > UDP_PAYLOAD:
+            raise _wrong("socket_buf_size", self.service.limit, f"at most {UDP_PAYLOAD} over UDP")
         for unix in ("unix_socket_user", "unix_socket_group"):
             if self.parameters[unix] is not None:
                 raise _wrong(unix, self.parameters[unix], "only a UNIX socket has one")
@@ -3095,7 +3095,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("-v verbose", "log more; twice: everything", action="count", default=0)
         for name in PARAMETERS:
             add_setting(name, _meaning(name))
-        parser.epilog = "The last value of a parameter wins; --load, --allow_network and --allow_user add up."
+        parser.epilog = "--a_b and --a-b are the same. The last value wins; --load and --allow_... add up."
     if command == "call":
         add("json", "ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such", action="store_true")
         parser.add_argument("command", metavar="COMMAND", help="`which` lists them")
