@@ -3075,11 +3075,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
         if "_" in name:
             parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **keywords)
 
-    def add_list(name: str, meaning: str, metavar: str, **keywords: Any) -> None:
-        add(name, meaning, metavar=metavar, action="append", default=[], **keywords)
+    many: dict[str, Any] = {"action": "append", "default": []}
 
     def add_setting(names: str, meaning: str, metavar: str = "VALUE") -> None:
-        add_list(names, meaning, metavar, dest="settings", type=lambda value: (names.split()[-1], value))
+        add(names, meaning, metavar=metavar, dest="settings", type=lambda value: (names.split()[-1], value), **many)
 
     names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})"
     if command:
@@ -3088,10 +3087,10 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("reply_dir", "where to make the socket that replies come to", metavar="DIR")
     else:
         add_setting("-s socket_name", names, "NAME")
-        add_list("load", "serve its Interface called mi, or NAME", "MODULE_OR_FILE[:NAME]")
+        add("load", "serve its Interface called mi, or NAME", metavar="MODULE_OR_FILE[:NAME]", **many)
         add_setting("config", 'read the modparam("mi_datagram", ...) lines of a file', "FILE")
-        add_list("allow_network", "let in the UDP peers of a network", "NETWORK")
-        add_list("allow_user", "let in a user on a UNIX socket", "USER")
+        add("allow_network", "let in the UDP peers of a network", metavar="NETWORK", **many)
+        add("allow_user", "let in a user on a UNIX socket", metavar="USER", **many)
         add("-v verbose", "log more; twice: everything", action="count", default=0)
         for name in PARAMETERS:
             add_setting(name, _meaning(name))
