@@ -1501,11 +1501,11 @@ def test_a_deferred_made_while_another_is_answered():
     mi, held = interface(), []
 
     class Crossed(mi_datagram.Handler):
-        def hold(self, deferred):
+        def deferred_begins(self, deferred):
             held.append(deferred)
             if len(held) == 2:  # as another thread, or a timeout, may do now
                 held[0].reply("first")
-            super().hold(deferred)
+            super().deferred_begins(deferred)
 
     @mi.command(pass_request=True)
     def twice(request):
@@ -1516,7 +1516,7 @@ def test_a_deferred_made_while_another_is_answered():
 
     with serving(mi, "udp:127.0.0.1:0", handler=Crossed) as server:
         assert ask(server, b":twice:\n") == b"200 OK\nfirst\n"
-        wait_until(lambda: not server._owners and not mi.deadlines._open)
+        wait_until(lambda: not server._at_work and not mi.deadlines._open)
 
 
 def test_late_answers_of_a_batch_keep_its_order(name):
@@ -4589,7 +4589,7 @@ def test_streams_of_the_command_line(folder, command):
 
     with serving(mi, folder / "s") as server:
         if "garbage" in command:
-            server.interface.answer, server.finish_request = None, lambda request, address: server.send(b"?", address)
+            server.interface.answer, server.finish_request = None, lambda request, address: server._send_reply(b"?", address)
         done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, capture_output=True, text=True,
                               timeout=60, env={**os.environ, "PYTHONPATH": str(HERE)}, check=False)
     status, said = STREAMS[command]
