@@ -594,10 +594,13 @@ def _json_member(outcome: Any) -> tuple[str, Any]:
 # the line dialect; in JSON a value has its type already, and a wrong one is refused.
 
 
-def _integer(text: str) -> int:
-    if "_" in text:  # Python's own notation
-        raise ValueError(text)
-    return int(text)
+def _numeric(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        if "_" in text:  # Python's own notation
+            raise ValueError(text)
+        return kind(text)
+
+    return convert
 
 
 def _boolean(text: str) -> bool:
@@ -609,7 +612,7 @@ def _boolean(text: str) -> bool:
     raise ValueError(text)
 
 
-_FROM_TEXT: dict[type, Callable[[str], Any]] = {int: _integer, float: float, bool: _boolean}
+_FROM_TEXT: dict[type, Callable[[str], Any]] = {int: _numeric(int), float: _numeric(float), bool: _boolean}
 
 
 def _converter(kind: type, optional: bool, dialect: str) -> Callable[[Any], Any] | None:
@@ -3202,33 +3205,41 @@ def _serve(server: UnixServer | UDPServer, signals: _Signals, children_count: in
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; give the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+def _ask(command: str, *arguments: str) -> int:
+    """Run `call` or `shell`; give the exit status."""
+    _open_streams()
+    options = _parser(command).parse_args(arguments)
     try:
-        if arguments[:1] in (["call"], ["shell"]):
-            _open_streams()
-            options = _parser(arguments[0]).parse_args(arguments[1:])
-            with Client(options.socket_name, options.timeout, options.reply_dir) as client:
-                if arguments[0] == "shell":
-                    return _Shell(client).run()
-                return _run_words(client, [options.command, *options.arguments], options.json)
-        options = _parser("").parse_args(arguments)
-        level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
-        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        audit.setLevel(logging.INFO)
-        return _serve(*_make_server(options))
-    except Error as error:
-        _say(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        with Client(options.socket_name, options.timeout, options.reply_dir) as client:
+            if command == "shell":
+                return _Shell(client).run()
+            return _run_words(client, [options.command, *options.arguments], options.json)
+    except Error:
+        raise
     except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
         if isinstance(error, BrokenPipeError):
             return 128 + 13  # as a shell says of SIGPIPE
         _say(str(error))
         return 4
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; give the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] in (["call"], ["shell"]):
+            return _ask(*arguments)
+        options = _parser("").parse_args(arguments)
+        level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        audit.setLevel(logging.INFO)
+        return _serve(*_make_server(options))
+    except (Error, OSError) as error:
+        _say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -933,7 +933,7 @@ BINDINGS = [  # signature, values by position, values by name, what the command 
 BAD = "refused"
 CONVERSIONS = [  # dialect, annotation, what is sent, what the command gets of it
     *[("line", *row) for row in [
-        ("int", "42", 42), ("int", "-7", -7), ("int", "x", BAD), ("int", "1_0", BAD), ("int", '""', BAD),
+        ("int", "42", 42), ("int", "-7", -7), ("int", "x", BAD), ("int", "1_0", BAD), ("float", "1_0", BAD), ("int", '""', BAD),
         ("float", "2", 2.0), ("float", "1.5", 1.5), ("float", "x", BAD), ("str", "5", "5"), ("str", '""', ""),
         *[("bool", word, True) for word in ("true", "yes", "on", "1")], ("bool", "2", BAD),
         *[("bool", word, False) for word in ("false", "no", "off", "0")], ("bool", "x", BAD),
@@ -4594,6 +4594,14 @@ def test_streams_of_the_command_line(folder, command):
                               timeout=60, env={**os.environ, "PYTHONPATH": str(HERE)}, check=False)
     status, said = STREAMS[command]
     assert done.returncode == status and said in (None, done.stderr), done
+
+
+def test_server_that_lacks_a_descriptor(folder):
+    """Where the system gives a server no descriptor, it says so in one line, exits with 2, and leaves no file."""
+    done = subprocess.run(["bash", "-c", f"ulimit -n 5; exec {sys.executable} -m mi_datagram -s ./s"], cwd=folder,
+                          capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(HERE)}, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "Too many open files" in done.stderr
+    assert not os.listdir(folder)
 
 
 def test_shell_through_a_pipe(ops):
