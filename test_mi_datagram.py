@@ -2541,10 +2541,11 @@ def test_program_that_ends_without_stop(folder, end):
 
 
 FORK = """
+import faulthandler
 server = mi.server(path).start()
 for method in (server.start, server.serve_forever, server.shutdown, server.stop, server.server_close, lambda: None):
     if not os.fork():
-        signal.alarm(5)
+        faulthandler.dump_traceback_later(20, exit=True)  # should it hang, this says where
         try:
             method()
         except mi_datagram.Error as error:
