@@ -678,6 +678,16 @@ class Command:
         self._least = len([p for p in self.parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty])
         self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
         self._plan = functools.lru_cache(maxsize=16)(self._match)
+        self.ready = {dialect: self._as_they_are(dialect) for dialect in ("line", "json")}
+
+    def _as_they_are(self, dialect: str) -> frozenset[int]:
+        """Give the numbers of values by position that can be passed on unseen, so that most calls need no bind()."""
+        ready = set()
+        for count in range(len(self.parameters) + 1):
+            with contextlib.suppress(_Fault):
+                if not self._match(count, (), dialect):
+                    ready.add(count)
+        return frozenset(ready)
 
     def bind(self, values: list[Any], named: dict[str, Any], dialect: str) -> None:
         """Check VALUES and NAMED against the signature and convert them in place, or raise a _Fault."""
@@ -936,7 +946,8 @@ class Exchange:
     def _run(self, command: Command, values: list[Any], named: dict[str, Any], request: Request | None = None) -> Any:
         """Bind the arguments and run the command; what it raises comes out as a CommandError."""
         self.command = command
-        command.bind(values, named, self.dialect)
+        if named or len(values) not in command.ready[self.dialect]:
+            command.bind(values, named, self.dialect)
         if request is not None:
             values.insert(0, request)
         if not command.read_only and audit.isEnabledFor(logging.INFO):
