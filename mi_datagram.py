@@ -1086,11 +1086,16 @@ class Exchange:
             return None if text is None else text.encode()
         calls, join = (document, self._join) if isinstance(document, list) else ([document], "".join)
         texts: list[str | None] = [None] * len(calls)
-        left = itertools.count(len(calls), -1)  # down to 0 for the last; next() needs no lock
+        lock, left = threading.Lock(), len(calls) + 1  # one more for this thread
 
         def close() -> bytes | None:
             """Count off one; after the last give the reply, if there is one."""
-            return None if next(left) else join([text for text in texts if text is not None]).encode() or None
+            nonlocal left
+            with lock:
+                left -= 1
+                if left:
+                    return None
+            return join([text for text in texts if text is not None]).encode() or None
 
         for index, call in enumerate(calls):
 
