@@ -2516,6 +2516,29 @@ def test_stop_from_a_signal_handler(folder, stop):
     assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0) and not contents(folder)
 
 
+def test_stop_from_a_signal_handler_of_another_kind(folder):
+    """In a handler that is no plain function stop() returns at once as well."""
+    code = STOP.replace("(signal.SIGTERM, on_term)", "(signal.SIGTERM, __import__('functools').partial(on_term, 'more'))")
+    done = program(code + STOPS["in the background"], folder / "s")
+    assert code != STOP and (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0) and not contents(folder)
+
+
+def test_stop_in_a_handler_that_the_program_calls_itself(folder):
+    """A function that is a signal handler too, called as any other, has stopped the server when it returns."""
+    server = interface().server(str(folder / "s")).start()
+
+    def end(*_):
+        server.stop()
+
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        end()
+        assert not (folder / "s").exists() and server.socket.fileno() == -1
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        server.stop()
+
+
 ENDS = {
     "it comes to its end": ("server.start()", 0),
     "it never served": ("", 0),
