@@ -65,6 +65,8 @@ from mi_datagram import Client, CommandError, Interface, Node, Reply
 
 MODULE = HERE / "mi_datagram.py"
 DEADLINE = 20  # s after which what a test waits for counts as not happening
+MI = (sys.executable, "-m", "mi_datagram")
+os.environ["PYTHONPATH"] = str(HERE)  # of each Python that is started here
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background would have it ignored, here and below
 
 # ------------------------------------------------------------------ helpers ----
@@ -156,25 +158,38 @@ def count(server_or_interface, statistic):
     return mi.statistics[f"mi_datagram:{statistic}"]()
 
 
-def run(*arguments, stdin=None, **options):
-    """Run `python -m mi_datagram ARGUMENTS` to its end; give the CompletedProcess, with text."""
-    command = [sys.executable, "-m", "mi_datagram", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), **options.pop("env", {})}
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=60, env=environment, check=False, **options
-    )
+def run(*command, **options):
+    """Run a command to its end; give the CompletedProcess, with text."""
+    command = [*map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Give a function that runs the command line in this process, and gives what run() does; to serve is a failure."""
+
+    def main(*words):
+        try:
+            status = mi_datagram.main([*map(str, words)])
+        except SystemExit as end:  # argparse's way
+            status = end.code
+        return subprocess.CompletedProcess(words, status, *capsys.readouterr())
+
+    monkeypatch.setattr(signal, "set_wakeup_fd", lambda *_, **__: pytest.fail("it serves"))
+    monkeypatch.setattr(mi_datagram.audit, "setLevel", lambda level: None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return main
 
 
 @contextlib.contextmanager
-def process(*arguments, command=("-m", "mi_datagram"), **options):
-    """Run `python -m mi_datagram ARGUMENTS` until the block ends; give its Popen, once it listens.
+def process(*arguments, command=MI, env=(), **options):
+    """Run COMMAND with ARGUMENTS until the block ends; give its Popen, once it listens.
 
     Its stderr is collected in `popen.log`, a list of lines.
     """
-    environment = {**os.environ, "PYTHONPATH": str(HERE), **options.pop("env", {})}
     popen = subprocess.Popen(
-        [sys.executable, *command, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **dict(env)}, **options,
     )
     popen.log = []
 
@@ -492,8 +507,7 @@ for name in ("/tmp/none.sock", "udp:127.0.0.1:0"):
 @pytest.mark.parametrize("code", [QUIET, ELSEWHERE], ids=["quiet", "elsewhere"])
 def test_import(code):
     """Importing starts, opens, changes and says nothing, needs no UNIX, and leaves argparse to the command line."""
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60, check=False)
+    done = run(sys.executable, "-W", "error", "-c", code)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
@@ -1407,16 +1421,14 @@ def ask(command):
 
 def program(code, path):
     """Run CODE behind PROGRAM in a Python of its own; give the CompletedProcess."""
-    return subprocess.run([sys.executable, "-c", PROGRAM + code, str(path)], capture_output=True, text=True,
-                          timeout=60, env={**os.environ, "PYTHONPATH": str(HERE)}, check=False)
+    return run(sys.executable, "-c", PROGRAM + code, path)
 
 
 @contextlib.contextmanager
 def helper(code, *arguments):
     """Run CODE in a Python of its own that reads stdin and prints; its stdin is closed at the end of the block."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-                          env={**os.environ, "PYTHONPATH": str(HERE)}) as popen:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as popen:
         yield popen
 
 
@@ -3631,7 +3643,7 @@ LOADS = [  # what to load, beside OPS in a.py, and what the refusal says
     ("from copied import mi_datagram as m; mi = m.Interface()", ["b.py"], ["copied/mi_datagram.py", str(MODULE)]),
 ]
 
-CALLS = [  # words, exit status, stdout, stderr
+COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     (["nothing"], 0, "", ""),
     (["echo", "a", "b c", "", 'say "hi"', "two\nlines"], 0, 'a\nb c\n\nsay "hi"\ntwo\\nlines\n', ""),
     (["echo", "n::v", "n::", "::x::y", "-1", "--json"], 0, "n:: v\nn:: \nx::y\n-1\n--json\n", ""),
@@ -3641,11 +3653,11 @@ CALLS = [  # words, exit status, stdout, stderr
     (["nonesuch"], 1, "", "500 command not available\n"),
     (["--json", "cache_flush", "none"], 1, "", "404 No such zone\n"),
     (["--json", "nonesuch"], 1, "", "-32601 Method not found\n"),
-]
-JSON_CALLS = [  # words, result
-    (["nothing"], "OK"),
-    (["echo", "1", "-1.5", "true", '{"a":[]}', "x", '"1"'], [1, -1.5, True, {"a": []}, "x", "1"]),
-    (["cache_flush", "limit::3", "zone::x"], {"Flushed": {"zone": "x", "limit": 3}}),
+    *[(["--json", *words], 0, json.dumps(result, indent=4) + "\n", "") for words, result in [
+        (["nothing"], "OK"),
+        (["echo", "1", "-1.5", "true", '{"a":[]}', "x", '"1"'], [1, -1.5, True, {"a": []}, "x", "1"]),
+        (["cache_flush", "limit::3", "zone::x"], {"Flushed": {"zone": "x", "limit": 3}}),
+    ]],
 ]
 WRONG_CALLS = [[], ["a:b"], ["echo", '"\\'], ["--json", "echo", "a", "b::c"], ["--timeout", "soon", "nothing"],
                ["--timeout", "0", "nothing"], ["-s", "nonsense", "nothing"], ["--nonsense", "nothing"]]
@@ -3787,8 +3799,8 @@ class Terminal:
         self.descriptor, inner = os.openpty()
         self.text = ""
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "mi_datagram", *map(str, arguments)], stdin=inner, stdout=inner, stderr=inner,
-            cwd=cwd, env={**os.environ, "PYTHONPATH": str(HERE), "TERM": "vt100", "INPUTRC": "/dev/null"},
+            [*MI, *map(str, arguments)], stdin=inner, stdout=inner, stderr=inner,
+            cwd=cwd, env={**os.environ, "TERM": "vt100", "INPUTRC": "/dev/null"},
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(inner)
@@ -3825,26 +3837,26 @@ class Terminal:
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_value_is_one_line_and_makes_nothing(folder, wrong):
+def test_wrong_value_is_one_line_and_makes_nothing(folder, main, monkeypatch, caplog, wrong):
     """A wrong value gives one line that names it and exit status 2; nothing is created or deleted."""
     (folder / "folder").mkdir()
     (folder / "regular").write_text("of value")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as taken:
-        taken.bind(str(folder / "taken"))
+    monkeypatch.chdir(folder)
+    with bound_socket(folder / "taken"):
         before = contents(folder)
-        done = run(*wrong.split(), cwd=folder)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        done = main(*wrong.split())
+        assert (done.returncode, done.stderr.count("\n"), caplog.text) == (2, 1, ""), done.stderr
         option, value = wrong.split()[:2]
         assert option[2:] in done.stderr and (value[2:] in done.stderr or ascii(value) in done.stderr)
         assert contents(folder) == before
 
 
 @pytest.mark.parametrize("wrong", WRONG_IN_FILE)
-def test_wrong_value_in_file(folder, wrong):
+def test_wrong_value_in_file(folder, main, wrong):
     """A wrong value in a configuration file is refused as on the command line."""
     name, value = wrong.split(", ")
     (folder / "f.cfg").write_text(f'modparam("mi_datagram", "{name}", {value})')
-    done = run("--socket_name", "./s", "--config", "f.cfg", cwd=folder)
+    done = main("--socket_name", folder / "s", "--config", folder / "f.cfg")
     assert (done.returncode, done.stderr.count("\n"), os.listdir(folder)) == (2, 1, ["f.cfg"])
     assert name in done.stderr
 
@@ -3906,11 +3918,12 @@ def test_configuration_file(folder):
 
 
 @pytest.mark.parametrize("socket_name", [None, "./s", "udp:127.0.0.1:0", "UDP:localhost:0", "udp:[::1]:0", "udp:::1:0"])
-def test_serve_and_ask(folder, socket_name):
+def test_serve_and_ask(folder, main, monkeypatch, socket_name):
     """The server says where it listens, and `call` asks there; both fall back to ./mi_datagram.sock."""
-    with process(*(["--socket_name", socket_name] if socket_name else []), cwd=folder) as server:
+    monkeypatch.chdir(folder)
+    with process(*(["--socket_name", socket_name] if socket_name else [])) as server:
         listening = next(line.split()[-1] for line in server.log if "listening on" in line)
-        done = run("call", *(["-s", listening] if socket_name else []), "pwd", cwd=folder)
+        done = main("call", *(["-s", listening] if socket_name else []), "pwd")
         assert done.stdout == f"WD:: {folder}\n"
         assert socket_name or ("./mi_datagram.sock" in server.log[0] and os.listdir(folder) == ["mi_datagram.sock"])
 
@@ -3950,7 +3963,7 @@ def test_load_refused(folder, text, loads, named):
     shutil.copy(MODULE, folder / "copied")
     (folder / "a.py").write_text(OPS)
     (folder / "b.py").write_text(text)
-    done = run("--socket_name", "./s", *[word for what in loads for word in ("--load", what)], cwd=folder)
+    done = run(*MI, "--socket_name", "./s", *[word for what in loads for word in ("--load", what)], cwd=folder)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert all(word in done.stderr for word in named)
     assert not (folder / "s").exists()
@@ -3959,83 +3972,75 @@ def test_load_refused(folder, text, loads, named):
 # ---- call and shell
 
 
-@pytest.mark.parametrize("words, status, stdout, stderr", CALLS)
-def test_call(ops, words, status, stdout, stderr):
-    """`call` prints the tree of a reply and exits with 0, or an error reply on stderr and exits with 1."""
-    done = run("call", "-s", ops, *words)
+@pytest.mark.parametrize("words, status, stdout, stderr", COMMAND_LINES)
+def test_call(ops, main, words, status, stdout, stderr):
+    """`call` prints a reply's tree, or with --json its result, and exits with 0; an error on stderr, and exits with 1."""
+    done = main("call", "-s", ops, *words)
     assert (done.returncode, done.stdout, done.stderr) == (status, stdout, stderr)
 
 
 @pytest.mark.parametrize("code, status", [(199, 1), (202, 0), (299, 0), (300, 1)])
-def test_call_takes_every_2xx_for_a_success(folder, code, status):
+def test_call_takes_every_2xx_for_a_success(folder, main, code, status):
     """`call` exits with 0 and prints the tree for 200 to 299, and with 1 and the error for others, in both dialects."""
     mi = interface()
     mi.command(lambda: Reply(code, "So", ["tree"]), name="give")
     with serving(mi, folder / "s") as server:
         for words, stdout in (["give"], "tree\n"), (["--json", "give"], '[\n    "tree"\n]\n'):
-            done = run("call", "-s", server.socket_name, *words)
+            done = main("call", "-s", server.socket_name, *words)
             assert (done.returncode, done.stdout) == (status, "" if status else stdout)
             assert done.stderr.startswith(f"{code} So") if status else not done.stderr
 
 
 @pytest.mark.parametrize("option", ["--reply_dir", "--reply-dir"])
-def test_call_with_a_reply_dir(folder, option):
+def test_call_with_a_reply_dir(folder, main, option):
     """`call` takes its reply in a folder made in the one that it is told."""
     mi = interface()
     mi.command(lambda request: request.peer.address, name="whence", pass_request=True)
     (folder / "replies").mkdir()
     with serving(mi, folder / "s") as server:
-        done = run("call", "-s", server.socket_name, option, folder / "replies", "whence")
+        done = main("call", "-s", server.socket_name, option, folder / "replies", "whence")
     assert done.stdout.startswith(f"{folder}/replies/") and (done.returncode, done.stderr) == (0, "")
     assert os.listdir(folder / "replies") == []
 
 
-@pytest.mark.parametrize("words, result", JSON_CALLS)
-def test_call_json(ops, words, result):
-    """`call --json` sends values that are JSON as such, and prints the result as JSON."""
-    done = run("call", "--socket-name", ops, "--json", *words)
-    assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, result, "")
-
-
 @pytest.mark.parametrize("words", WRONG_CALLS)
-def test_call_wrong_usage(ops, words):
+def test_call_wrong_usage(ops, main, words):
     """What cannot be sent exits with 2."""
-    done = run("call", "-s", ops, *words)
+    done = main("call", "-s", ops, *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr and "Traceback" not in done.stderr
 
 
-def test_help():
+def test_help(main):
     """Each --help fits a terminal and says what every parameter is; --version tells the version."""
-    texts = [run(*words, "--help").stdout for words in ((), ("call",), ("shell",))]
+    texts = [main(*words, "--help").stdout for words in ((), ("call",), ("shell",))]
     for name, (_, _, meaning) in mi_datagram.PARAMETERS.items():
         assert f"--{name} VALUE" in texts[0] and meaning in " ".join(texts[0].split())
     assert not [text for text in texts if "None" in text or not text.startswith("usage: python -m mi_datagram ")]
-    assert run("--version").stdout == f"mi_datagram {mi_datagram.__version__}\n"
+    assert main("--version").stdout == f"mi_datagram {mi_datagram.__version__}\n"
 
 
-def test_call_without_an_answer(ops, folder):
+def test_call_without_an_answer(ops, main, folder):
     """No answer within the timeout exits with 3."""
-    done = run("call", "-s", ops, "--timeout", "50", "hold", folder / "held")
+    done = main("call", "--socket-name", ops, "--timeout", "50", "hold", folder / "held")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
     assert "no answer" in done.stderr and "50" in done.stderr
     wait_until((folder / "held").exists)
     (folder / "held").unlink()
 
 
-def test_call_where_nobody_listens(folder):
+def test_call_where_nobody_listens(folder, main):
     """Where nobody listens `call` exits with 3 at once, whatever its timeout."""
     with serving(interface(), "udp:127.0.0.1:0") as server:
         names = [folder / "missing", folder / "dead", server.socket_name]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(str(folder / "dead"))
+    dead_socket(folder / "dead")
     for socket_name in names:
-        done = run("call", "-s", socket_name, "--timeout", "600000", "nothing")
+        done = main("call", "-s", socket_name, "--timeout", "600000", "nothing")
         assert (done.returncode, done.stdout) == (3, "")
         assert f"nobody listens on {socket_name}" in done.stderr
 
 
-CALL = f"{sys.executable} -m mi_datagram call -s ./s "
+CALL = f"{' '.join(MI)} call -s ./s "
 STREAMS = {  # what a shell makes of the streams: the exit status, and what stderr says
     CALL + "large | true": (141, ""),
     "yes large | " + CALL.replace("call", "shell") + "| head -c1 > /dev/null": (141, ""),
@@ -4064,16 +4069,14 @@ def test_streams_of_the_command_line(folder, command):
     with serving(mi, folder / "s") as server:
         if "garbage" in command:
             server.interface.answer, server.finish_request = None, lambda request, address: server._send_reply(b"?", address)
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, capture_output=True, text=True,
-                              timeout=60, env={**os.environ, "PYTHONPATH": str(HERE)}, check=False)
+        done = run("bash", "-o", "pipefail", "-c", command, cwd=folder)
     status, said = STREAMS[command]
     assert done.returncode == status and said in (None, done.stderr), done
 
 
 def test_server_that_lacks_a_descriptor(folder):
     """Where the system gives a server no descriptor, it says so in one line, exits with 2, and leaves no file."""
-    done = subprocess.run(["bash", "-c", f"ulimit -n 5; exec {sys.executable} -m mi_datagram -s ./s"], cwd=folder,
-                          capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(HERE)}, check=False)
+    done = run("bash", "-c", f"ulimit -n 5; exec {' '.join(MI)} -s ./s", cwd=folder)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "Too many open files" in done.stderr
     assert not os.listdir(folder)
 
@@ -4081,7 +4084,7 @@ def test_server_that_lacks_a_descriptor(folder):
 def test_shell_through_a_pipe(ops):
     """`shell` runs each line that it reads, with no prompt, and goes on after an error."""
     lines = 'echo a "b c" n::v\n\nnonesuch\necho "\ncache_flush limit::3\nhelp cache_flush'
-    done = run("shell", "-s", ops, stdin=lines)
+    done = run(*MI, "shell", "-s", ops, input=lines)
     assert done.stdout.startswith("a\nb c\nn:: v\nFlushed:: \n\tzone:: all\n\tlimit:: 3\n")
     assert "Drop the cached entries of ZONE." in done.stdout
     assert done.stderr.startswith("500 command not available\n") and done.stderr.count("\n") == 2
@@ -4179,12 +4182,10 @@ def test_second_signal(folder, how, children):
 
 def test_fifty_starts_and_stops(folder):
     """Servers that are ended as soon as their socket file is there leave no file and no process."""
-    env = {**os.environ, "PYTHONPATH": str(HERE)}
     for children in ("1", "2", "1", "2", "1"):
-        command = [sys.executable, "-m", "mi_datagram", "--children_count", children, "--socket_name"]
+        command = [*MI, "--children_count", children, "--socket_name"]
         paths = [folder / str(number) for number in range(10)]
-        options = {"stderr": subprocess.PIPE, "env": env, "start_new_session": True}
-        servers = [subprocess.Popen([*command, path], **options) for path in paths]
+        servers = [subprocess.Popen([*command, path], stderr=subprocess.PIPE, start_new_session=True) for path in paths]
         for path, server in zip(paths, servers):
             wait_until(path.exists)
             server.terminate()
@@ -4358,12 +4359,11 @@ def test_killed_parent(folder):
     (["--socket_name", "udp:127.0.0.1:0", "--allow_network", "127.0.0.0/8"], True),
     (["--socket_name", "udp:127.0.0.1:0", "--allow_network", "10.0.0.0/8"], False),
 ])  # fmt: skip
-def test_whom_the_command_line_lets_in(folder, arguments, allowed):
+def test_whom_the_command_line_lets_in(folder, main, arguments, allowed):
     """The peers of --allow_network and --allow_user are let in, those of no other; a UNIX peer is told so."""
     with process("--socket_name", "./s", *arguments, cwd=folder) as server:
-        line = wait_until(lambda: [line for line in server.log if "listening on" in line])[0]
-        name = line.split()[-1]
-        done = run("call", "-s", name, "--timeout", DEADLINE * 1000 if allowed or "/" in name else 200, "pwd", cwd=folder)
+        name = server.log[-1].split()[-1].replace("./", f"{folder}/")
+        done = main("call", "-s", name, "--timeout", DEADLINE * 1000 if allowed or "/" in name else 100, "pwd")
         assert done.returncode == (0 if allowed else 1 if "/" in name else 3)
         assert ("403 Forbidden" in done.stderr) is (not allowed and "/" in name)
         wait_until(lambda: allowed or any("forbidden" in line for line in server.log))
@@ -4371,9 +4371,9 @@ def test_whom_the_command_line_lets_in(folder, arguments, allowed):
 
 @pytest.mark.parametrize("arguments", [["--allow_network", "::1"],
                                        ["--allow_user", 0, "--socket_name", "udp:127.0.0.1:0"]])
-def test_rule_for_another_kind_of_socket(folder, arguments):
+def test_rule_for_another_kind_of_socket(folder, main, arguments):
     """Who gives --allow_network with a UNIX socket, or --allow_user with UDP, is told so: it would let in nobody."""
-    done = run("--socket_name", "./s", *arguments, cwd=folder)
+    done = main("--socket_name", folder / "s", *arguments)
     assert done.returncode == 2 and "allow_network" in done.stderr and "allow_user" in done.stderr
     assert done.stderr.count("\n") == 1 and not contents(folder)
 
@@ -4394,7 +4394,7 @@ def test_passed_socket(folder, host, children):
         arguments = [passed.fileno(), 1, "--children_count", children]
         arguments += ["--allow_network", host] if host else ["--allow_user", os.getuid()]
         socket_name = f"udp:{host}:{passed.getsockname()[1]}" if host else str(path)
-        with process(*arguments, command=("-c", LAUNCHER), pass_fds=[passed.fileno()], env=env) as server:
+        with process(*arguments, command=(sys.executable, "-c", LAUNCHER), pass_fds=[passed.fileno()], env=env) as server:
             passed.close()
             assert notices.recv(100) == b"READY=1"
             assert processes(socket_name)[0] == server.pid
@@ -4411,7 +4411,7 @@ def test_passed_socket_refused(count, kind, name):
     with open(os.devnull) if kind is None else socket.socket(socket.AF_UNIX, kind) as passed:
         if name:
             passed.bind(f"{name}.{os.getpid()}")
-        with process(passed.fileno(), count, command=("-c", LAUNCHER), pass_fds=[passed.fileno()]) as server:
+        with process(passed.fileno(), count, command=(sys.executable, "-c", LAUNCHER), pass_fds=[passed.fileno()]) as server:
             assert server.wait(DEADLINE) == 2
         assert len(server.log) == 1 and "LISTEN_FDS" in server.log[0]
 
@@ -4423,7 +4423,7 @@ def test_socket_is_not_passed_on(folder):
         "    return subprocess.run('ls -l /proc/self/fd; env', shell=True, close_fds=False, capture_output=True).stdout\n")
     with bound_socket(folder / "s") as passed:
         arguments = [passed.fileno(), 1, "--load", folder / "load.py"]
-        with process(*arguments, command=("-c", LAUNCHER), pass_fds=[passed.fileno()]):
+        with process(*arguments, command=(sys.executable, "-c", LAUNCHER), pass_fds=[passed.fileno()]):
             text = values(folder / "s", "inner")[0]
     assert "PYTHONPATH" in text and "LISTEN_" not in text and "/proc" in text and " 3 -> socket" not in text
 
@@ -4702,8 +4702,7 @@ def run_cli(folder, opensips_settings):
     (folder / "cli.cfg").write_text("[default]\n" + "".join(lines))
 
     def run_python(*words):
-        env = {**os.environ, "HOME": str(folder)}
-        return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, timeout=60, cwd=folder)
+        return run(sys.executable, *words, env={**os.environ, "HOME": str(folder)}, cwd=folder)
 
     return run_python
 
@@ -4787,8 +4786,7 @@ def readme(kind):
 @pytest.mark.parametrize("code", readme("python"))
 def test_programs_of_the_readme(folder, code):
     """Each program in the README runs as it stands, and prints what the comment behind its print() says."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True,
-                          timeout=60, env={**os.environ, "PYTHONPATH": str(HERE)}, check=False)
+    done = run(sys.executable, "-W", "error", "-c", code, cwd=folder)
     said = [line.partition("# ")[2].replace("; then ", "\n") for line in code.splitlines() if "print(" in line]
     assert (done.stdout.splitlines(), done.stderr) == ("\n".join(said).splitlines(), "") and not os.listdir(folder)
 
@@ -4804,7 +4802,7 @@ def test_two_terminals_of_the_readme(folder):
     assert (first, second) == ("$ python -m mi_datagram", "$ python -m mi_datagram call uptime")
     with process(cwd=folder) as server:
         assert shape("".join(server.log)).splitlines() == shape("\n".join(shown)).splitlines()
-        assert shape(run("call", "uptime", cwd=folder).stdout) == shape("\n".join(answer) + "\n")
+        assert shape(run(*MI, "call", "uptime", cwd=folder).stdout) == shape("\n".join(answer) + "\n")
 
 
 def test_parameters_of_the_readme():
@@ -4882,8 +4880,7 @@ REQUESTS = [b":store:\nname%d\nvalue number %d\n" % (i, i * 7919) for i in range
 def measured(program, socket_name, parameters=None):
     """Run a server program on the first core; give its PID and address."""
     command = [sys.executable, "-c", PROLOGUE + program, socket_name, repr(parameters or {}), str(CORES[0])]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as popen:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as popen:
         try:
             where = popen.stdout.readline().strip()
             yield popen.pid, where if socket_name.startswith("/") else ("127.0.0.1", int(where))
