@@ -893,18 +893,15 @@ def later():
     mi, deferred = interface(), []
 
     @mi.command(pass_request=True)
-    def later(request, timeout: int = 60_000):
+    def later(request, timeout: float = 60_000):
         deferred.append(request.defer(timeout))
         return deferred[-1]
 
     return mi, deferred
 
 
-def in_threads(function, many=1):
-    threads = [threading.Thread(target=function) for _ in range(many)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+def in_threads(function, many):
+    for thread in [in_thread(function) for _ in range(many)]:
         thread.join(DEADLINE)
 
 
@@ -1003,7 +1000,7 @@ def test_late_answers_of_a_batch_keep_its_order(name):
         wait_until(lambda: len(deferred) == 3)
         for n in (1, 2, 0):
             assert ask(server, b":echo:\n", sock) == b"200 OK\n"
-            in_threads(lambda: deferred[n].reply(n))  # noqa: B023
+            in_thread(deferred[n].reply, n).join(DEADLINE)
         assert [(a["id"], a["result"]) for a in json.loads(sock.recv(1000))] == [(0, 0), (1, "OK"), (2, 1), (3, 2)]
 
 
@@ -1371,17 +1368,17 @@ def contents(folder):
     return {path.name: (path.lstat()[:7], path.lstat().st_mtime_ns) for path in folder.iterdir()}
 
 
-def blocking(mi, value="done"):
-    """Give MI a command `block`; give the list of its runs, and the event that lets them go on."""
-    runs, go = [], threading.Event()
+def blocking(mi=None):
+    """Make an Interface, or take MI, with a command `block`; give it, the list of its runs, and what lets them go on."""
+    mi, runs, go = mi or interface(), [], threading.Event()
 
     @mi.command(read_only=True)
     def block(which: str = ""):
         runs.append(which)
         assert go.wait(DEADLINE)
-        return which or value
+        return which or "done"
 
-    return runs, go
+    return mi, runs, go
 
 
 def counted(server, *statistics):
@@ -1393,6 +1390,15 @@ def counted(server, *statistics):
 def is_empty(sock):
     """Whether no datagram waits to be read."""
     return not select.select([sock], [], [], 0)[0]
+
+
+@pytest.fixture
+def switching():
+    """Have Python switch threads as often as it can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
 
 
 def in_thread(function, *arguments):
@@ -1875,8 +1881,7 @@ def test_starting_and_stopping_leaves_no_trace(name, folder):
 @pytest.mark.parametrize("timeout", [0, 2000])
 def test_stop_lets_a_running_command_reply(name, timeout):
     """Stopping waits for a command that runs, at least 2 s however short socket_timeout is, and sends its reply."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, name, socket_timeout=timeout) as server, client_socket(server) as sock:
         sock.sendto(b":block:\n", server.server_address)
         wait_until(lambda: runs)
@@ -1902,8 +1907,7 @@ def test_stop_lets_a_deferred_reply_go_out(name):
 
 def test_stop_ends_spare_threads(name, threads):
     """When a server stops, the threads that it keeps for the next slow command end too, at once."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, name) as server, client_socket(server) as sock:
         for number in range(4):
             sock.sendto(b":block:\n%d\n" % number, server.server_address)
@@ -1918,8 +1922,7 @@ def test_stop_ends_spare_threads(name, threads):
 def test_stop_does_not_wait_forever(folder, monkeypatch):
     """A command that does not end within socket_timeout, at least 2 s, does not keep the server from stopping."""
     monkeypatch.setattr(mi_datagram, "SOCKET_TIMEOUT", 100)
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     server = mi.server(str(folder / "s"), socket_timeout=200).start()
     with client_socket(server) as sock:
         sock.sendto(b":block:\n", server.server_address)
@@ -1933,8 +1936,7 @@ def test_stop_does_not_wait_forever(folder, monkeypatch):
 
 def test_stop_from_a_command(name):
     """A command may stop its server: stop() returns at once there, and this reply and those of others go out."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
 
     @mi.command
     def end():
@@ -2287,8 +2289,7 @@ def block_in_send(mi, server, go):
 def test_blocked_requests_delay_nobody(folder, block, monkeypatch):
     """While requests are stuck in a command, in a log handler or in sendto, others are answered; then they are too."""
     monkeypatch.setattr(mi_datagram.log, "handlers", list(mi_datagram.log.handlers))
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, folder / "s", socket_timeout=DEADLINE * 1000) as server:
         socks, replies = block(mi, server, go)
         for number in range(100):
@@ -2303,8 +2304,7 @@ def test_blocked_requests_delay_nobody(folder, block, monkeypatch):
 
 def test_known_slow_command_hands_over_before_it_runs(name, monkeypatch):
     """A command that was slow last time makes way at once: nobody has to notice first that it is slow again."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, name) as server, client_socket(server) as slow:
         slow.sendto(b":block:\n1\n", server.server_address)
         assert ask(server, b":nothing:\n") == b"200 OK\n"  # while it blocks
@@ -2323,8 +2323,7 @@ def test_known_slow_command_hands_over_before_it_runs(name, monkeypatch):
 
 def test_first_slow_command_after_a_rest(folder):
     """A command that turns out to be slow after the server had nothing to do delays nobody either."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, folder / "s") as server, client_socket(server) as slow:
         pause(3 * mi_datagram.QUIET_TICKS * mi_datagram.TICK)
         slow.sendto(b":block:\n", server.server_address)
@@ -2336,8 +2335,7 @@ def test_first_slow_command_after_a_rest(folder):
 
 def test_slow_until_quick_again(name):
     """A command counts as slow from one slow run to the next quick one."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, name) as server, client_socket(server) as sock:
         for number in (1, 2, 3):
             go.clear()
@@ -2352,8 +2350,7 @@ def test_slow_until_quick_again(name):
 
 def test_burst_into_a_blocked_command(folder, threads):
     """At max_threads the server stops reading, starts no more, and loses nothing that the kernel had taken."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, folder / "s", max_threads=8) as server, client_socket(server, True, bind=False) as sock:
         def burst():
             for _ in range(3000):
@@ -2370,8 +2367,7 @@ def test_burst_into_a_blocked_command(folder, threads):
 
 def test_spare_threads_are_few(folder, threads):
     """After many commands at once only some of their threads are kept for the next ones."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, folder / "s") as server, client_socket(server, True) as sock:
         for _ in range(40):
             sock.send(b":block:\n")
@@ -2382,7 +2378,7 @@ def test_spare_threads_are_few(folder, threads):
         wait_until(lambda: len(threads()) <= mi_datagram.SPARE_THREADS + 4)
 
 
-def test_threads_and_counters_are_right_under_stress(name, threads):
+def test_threads_and_counters_are_right_under_stress(name, threads, switching):
     """With leaders that change all the time every client gets its own reply, and the counters count each once."""
     mi = interface()
     mine = mi.counter("test:naps")
@@ -2399,37 +2395,25 @@ def test_threads_and_counters_are_right_under_stress(name, threads):
                 sock.send(b":%s:\n%d\n" % (b"nap" if number % 3 else b"echo", number))
                 replies.append(sock.recv(1000) == b"200 OK\n%d\n" % number)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with serving(mi, name, max_threads=6) as server:
-            replies = [[] for _ in range(8)]
-            clients = [in_thread(client, 1000 * first, replies[first]) for first in range(8)]
-            while any(thread.is_alive() for thread in clients):
-                assert len([thread for thread in threads() if thread not in clients]) <= 6
-                clients[0].join(0.01)
-            assert replies == [[True] * 40] * 8
-        naps = [1000 * first + number for first in range(8) for number in range(40) if (1000 * first + number) % 3]
-        assert mine() == len([number for number in naps if number % 2])
-        assert counted(server, "requests") == counted(server) == 320
-    finally:
-        sys.setswitchinterval(interval)
+    with serving(mi, name, max_threads=6) as server:
+        replies = [[] for _ in range(8)]
+        clients = [in_thread(client, 1000 * first, replies[first]) for first in range(8)]
+        while any(thread.is_alive() for thread in clients):
+            assert len([thread for thread in threads() if thread not in clients]) <= 6
+            clients[0].join(0.01)
+        assert replies == [[True] * 40] * 8
+    naps = [1000 * first + number for first in range(8) for number in range(40) if (1000 * first + number) % 3]
+    assert mine() == len([number for number in naps if number % 2])
+    assert counted(server, "requests") == counted(server) == 320
 
 
 @pytest.mark.parametrize("of_children", [False, True])
-def test_counter_from_many_threads(of_children):
+def test_counter_from_many_threads(switching, of_children):
     """Counts from several threads at once all count, those of a child as well."""
     counter = interface().counter("test:hits")
     if of_children:
         counter = mi_datagram._SharedCounter([[0, 0], [0, 0], [0, 0]], 1, 1)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        counting = [in_thread(lambda: [counter.add() for _ in range(5000)]) for _ in range(4)]
-        for thread in counting:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    in_threads(lambda: [counter.add() for _ in range(5000)], 4)
     assert counter() == 20000
 
 
@@ -2460,8 +2444,7 @@ def test_first_requests_of_an_idle_server(folder):
             pause(mi_datagram.TICK / 5)  # so that the watcher is awake before there is a handler
             return super().get_request()
 
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with Leisurely(str(folder / "s"), mi) as server, client_socket(server) as slow, client_socket(server) as quick:
         quick.settimeout(DEADLINE / 4)
         pause(3 * mi_datagram.TICK * mi_datagram.QUIET_TICKS)
@@ -2475,8 +2458,7 @@ def test_first_requests_of_an_idle_server(folder):
 def test_first_request_of_an_idle_server_is_not_repeated():
     """A server that nobody asked so far: its first request, sent again while it runs, is a retransmission."""
     for _ in range(2):
-        mi = interface()
-        runs, go = blocking(mi)
+        mi, runs, go = blocking()
         with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
             pause(3 * mi_datagram.TICK * mi_datagram.QUIET_TICKS)
             sock.sendto(b":block:\n", server.server_address)
@@ -2495,8 +2477,7 @@ def test_first_request_of_an_idle_server_is_not_repeated():
 @pytest.mark.parametrize("size", [1, 65000])
 def test_silent_clients(folder, threads, size, connect):
     """Clients that never read delay nobody, hold few threads, and what they do not get is counted."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     mi.command(lambda: "a" * size, name="get")
     with serving(mi, folder / "s", max_threads=8, socket_timeout=DEADLINE * 1000) as server:
         server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)  # soon full
@@ -2548,7 +2529,7 @@ def test_one_reply_waits_for_each_client(folder, monkeypatch):
 def test_late_reply_to_a_silent_client(folder, blocked):
     """A late reply waits on a thread of the server's, never on its caller's; if there is none left it is dropped."""
     mi, deferred = later()
-    runs, go = blocking(mi)
+    _, runs, go = blocking(mi)
     with serving(mi, folder / "s", max_threads=4, socket_timeout=DEADLINE * 10_000) as server:
         with client_socket(server) as sock, client_socket(server) as other:
             for request in [b":later:\n"] + [b":nothing:\n"] * (QUEUE + 1):
@@ -2569,7 +2550,7 @@ def test_late_reply_to_a_silent_client(folder, blocked):
 def test_late_reply_after_a_burst(folder):
     """A late reply finds a thread to wait on also while those of a burst of slow commands are kept as spares."""
     mi, deferred = later()
-    runs, go = blocking(mi)
+    _, runs, go = blocking(mi)
     with serving(mi, folder / "s", max_threads=5, socket_timeout=DEADLINE * 10_000) as server:
         with client_socket(server) as sock, client_socket(server) as other:
             for _ in range(3):
@@ -2588,7 +2569,7 @@ def test_thread_that_waited_with_a_late_reply_takes_the_lead(folder, monkeypatch
     """At max_threads, the next thread that is done lets somebody receive, also one that only delivered a late reply."""
     monkeypatch.setattr(mi_datagram, "QUIET_TICKS", 1 << 30)  # so the watcher does not see to it
     mi, deferred = later()
-    runs, go = blocking(mi)
+    _, runs, go = blocking(mi)
     with serving(mi, folder / "s", max_threads=4, socket_timeout=DEADLINE * 10_000) as server:
         with client_socket(server) as sock, client_socket(server) as other:
             for request in [b":later:\n"] + [b":nothing:\n"] * (QUEUE + 1):
@@ -2638,8 +2619,7 @@ def test_socket_options(name, passed):
 
 def test_repeated_slow_request_runs_once():
     """Over UDP a request that is repeated while it runs is run once and answered once; anything else is run."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock, client_socket(server) as other:
         sock.sendto(b":block:\n1\n", server.server_address)
         assert ask(server, b":nothing:\n") == b"200 OK\n"  # so it has been seen to be slow
@@ -2675,8 +2655,7 @@ def test_equal_requests_one_after_the_other_all_run():
 
 def test_equal_requests_on_a_unix_socket_all_run(folder):
     """Nothing is lost or repeated on a UNIX socket, so equal requests are requests of their own."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, folder / "s") as server, client_socket(server) as sock:
         for _ in range(4):
             sock.sendto(b":block:\n", server.server_address)
@@ -2688,8 +2667,7 @@ def test_equal_requests_on_a_unix_socket_all_run(folder):
 
 def test_slow_notification_may_come_again():
     """Over UDP a request that gets no reply may come again once it has run, and not before, known as slow or not."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
         def notify(which):
             sock.sendto(b'{"jsonrpc":"2.0","method":"block","params":["%d"]}' % which, server.server_address)
@@ -2726,8 +2704,7 @@ def test_repeated_request_whose_reply_comes_late(request_):
 def test_equal_requests_within_a_tick_all_run(monkeypatch):
     """Over UDP two equal datagrams that come at once are two requests: no client repeats one as soon as that."""
     monkeypatch.setattr(mi_datagram, "TICK", 3600)
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     mi.commands["block"].slow = True  # so it makes way at once
     with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
         for _ in range(2):
@@ -2749,7 +2726,7 @@ def test_request_that_killed_its_thread_may_come_again(threads):
         raise ValueError
 
     with derived("udp:127.0.0.1:0", finish_request=finish_request, handle_error=handle_error) as server:
-        runs, go = blocking(server.interface)
+        _, runs, go = blocking(server.interface)
         with client_socket(server) as sock:
             sock.sendto(b'{"jsonrpc":"2.0","method":"block"}', server.server_address)
             assert ask(server, b":nothing:\n") == b"200 OK\n"  # so it has been seen to be slow
@@ -2759,6 +2736,11 @@ def test_request_that_killed_its_thread_may_come_again(threads):
 
 
 # --------------------------------------------------------------- servers: faults ----
+
+
+def no_thread(thread):
+    """Refuse to start a thread, as a system does that has no more."""
+    raise RuntimeError("can't start new thread")
 
 
 def become_nobody():
@@ -2785,8 +2767,7 @@ SEND_FAULTS = {
 @pytest.mark.parametrize("fault", SEND_FAULTS)
 def test_reply_that_cannot_be_sent(folder, fault, caplog):
     """A reply that the kernel refuses is logged and counted by its reason, and the next request is served."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
 
     @mi.command
     def long_reply():
@@ -2828,13 +2809,9 @@ def test_no_descriptor_for_a_reply(folder):
 
 def test_no_thread_to_hand_over_to(name, monkeypatch):
     """Where no thread can be started a slow command keeps the only one; that is counted, and the next is served."""
-    mi = interface()
-    _, go = blocking(mi)
+    mi, _, go = blocking()
     with serving(mi, name) as server, client_socket(server) as sock:
-        def start(self):
-            raise RuntimeError("can't start new thread")
-
-        monkeypatch.setattr(threading.Thread, "start", start)
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
         sock.sendto(b":block:\n", server.server_address)
         wait_until(lambda: count(server, "thread_errors"))
         go.set()
@@ -2858,7 +2835,7 @@ def test_no_thread_to_start_with(folder, failing, monkeypatch):
     def start(self):
         started.append(self)
         if len(started) == failing:
-            raise RuntimeError("can't start new thread")
+            no_thread(self)
         real_start(self)
 
     monkeypatch.setattr(threading.Thread, "start", start)
@@ -2956,8 +2933,7 @@ def test_client_speaks_both_dialects(name, value):
 
 def test_client_takes_no_late_reply(name):
     """A reply that comes after its timeout is never taken for that of the next call, in either dialect."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     with serving(mi, name) as server, Client(server.socket_name, timeout=20) as client:
         for call in (client.call, client.call_json):
             with pytest.raises(TimeoutError, match=re.escape(f"{server.socket_name} within 20 ms")):
@@ -2984,16 +2960,9 @@ def test_client_hears_its_server_alone(name):
         assert client.call("spoof").nodes == [Node(None, "right")] and client.call_json("spoof") == "right"
 
 
-def test_batch_is_answered_when_its_last_call_is(folder):
+def test_batch_is_answered_when_its_last_call_is():
     """Over UDP a batch that waits for one of its calls is not run again, though another was answered already."""
-    mi = interface()
-    deferred = []
-
-    @mi.command(pass_request=True)
-    def later(request):
-        deferred.append(request.defer())
-        return deferred[-1]
-
+    mi, deferred = later()
     call = b'{"jsonrpc":"2.0","method":"later","id":%d}'
     with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
         sock.sendto(b"[%b,%b]" % (call % 1, call % 2), server.server_address)
@@ -3025,11 +2994,8 @@ def test_no_thread_for_a_deadline(monkeypatch):
     mi = interface()
     mi.command(lambda request: request.defer(timeout=1), name="later", pass_request=True)
 
-    def start(self):
-        raise RuntimeError("can't start new thread")
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
+        patch.setattr(threading.Thread, "start", no_thread)
         assert mi.answer(b":later:\n") == b"500 command failed\n"
     assert mi.answer(b":later:\n") is None
     wait_until(lambda: count(mi, "dropped_deferred") == 1)
@@ -3256,15 +3222,14 @@ os.fork = fork
 
 def test_no_thread_for_a_moment(name, monkeypatch):
     """Where no thread can be had just when the leader turns out slow, one is tried for again until there is."""
-    mi = interface()
-    _, go = blocking(mi)
+    mi, _, go = blocking()
     failed = []
     start = threading.Thread.start
 
     def fail_at_first(thread):
         if thread.name == "mi_datagram worker" and len(failed) < 2:
             failed.append(thread)
-            raise RuntimeError("can't start new thread")
+            no_thread(thread)
         start(thread)
 
     with serving(mi, name) as server, client_socket(server) as sock:
@@ -3307,21 +3272,9 @@ def test_symlink_put_in_the_place_of_the_socket(folder, monkeypatch):
     assert stat.S_IMODE(victim.stat().st_mode) == 0o600
 
 
-def late_interface():
-    """An Interface with the command `later MS`; and the list of its Deferreds."""
-    mi, deferreds = interface(), []
-
-    @mi.command(pass_request=True)
-    def later(request, ms: float):
-        deferreds.append(request.defer(ms))
-        return deferreds[-1]
-
-    return mi, deferreds
-
-
 def test_deadline_that_never_comes():
     """A Deferred with no end to its time keeps no other from its deadline; a time that is none is refused."""
-    mi, _ = late_interface()
+    mi, _ = later()
     assert mi.answer(b":later:\ninf\n") is None
     for bad in (b"nan", b"-1"):
         assert mi.answer(b":later:\n" + bad) == b"500 command failed\n"
@@ -3332,7 +3285,7 @@ def test_deadline_that_never_comes():
 
 def test_late_reply_that_cannot_be_sent(caplog):
     """A `send` that raises at a deadline is logged, and later deadlines hold."""
-    mi, _ = late_interface()
+    mi, _ = later()
     call = b'{"jsonrpc":"2.0","method":"%s","params":%s,"id":%d}'
     batch = b"[%s,%s]" % (call % (b"later", b"[1]", 1), call % (b"nothing", b"[]", 2))
 
@@ -3396,7 +3349,7 @@ def test_one_answer_to_one_request(way):
 
 def test_deferred_of_another_request():
     """A command that returns what another request deferred has failed."""
-    mi, deferreds = late_interface()
+    mi, deferreds = later()
     mi.command(lambda request: deferreds[0], name="thief", pass_request=True)
     assert mi.answer(b":later:\n1000\n") is None
     assert mi.answer(b":thief:\n") == b"500 command failed\n"
@@ -3405,7 +3358,7 @@ def test_deferred_of_another_request():
 
 def test_deferred_of_handle_request_is_dropped_at_the_end(folder):
     """stop() drops what is deferred also where the program called handle_request itself."""
-    mi, _ = late_interface()
+    mi, _ = later()
     server = mi.server(str(folder / "s"))
     with client_socket(server) as sock:
         sock.sendto(b":later:\n60000\n", server.server_address)
@@ -3414,21 +3367,18 @@ def test_deferred_of_handle_request_is_dropped_at_the_end(folder):
     assert count(server, "dropped_deferred") == 1
 
 
-def test_counters_made_by_several_threads():
+def test_counters_made_by_several_threads(switching):
     """Threads that mention a counter for the first time at once have the same one, and its readers no error."""
-    mi, switch = interface(), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        def count_all():
-            for number in range(400):
-                mi.counter(f"made:c{number}").add()
+    mi = interface()
 
-        threads = [in_thread(count_all) for _ in range(3)]
-        while any([thread.is_alive() for thread in threads]):
-            assert mi.answer(b":get_statistics:\nall\n").startswith(b"200")
-        assert all([mi.statistics[f"made:c{number}"]() == 3 for number in range(400)])
-    finally:
-        sys.setswitchinterval(switch)
+    def count_all():
+        for number in range(400):
+            mi.counter(f"made:c{number}").add()
+
+    threads = [in_thread(count_all) for _ in range(3)]
+    while any([thread.is_alive() for thread in threads]):
+        assert mi.answer(b":get_statistics:\nall\n").startswith(b"200")
+    assert all([mi.statistics[f"made:c{number}"]() == 3 for number in range(400)])
 
 
 class Bare(CommandError):
@@ -3484,8 +3434,7 @@ def test_file_goes_from_a_path_that_is_too_long_in_full(folder, monkeypatch):
 
 def test_interrupted_end_is_an_end(folder):
     """A second Ctrl-C while serve_forever waits for a command ends it, and stop() works afterwards."""
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     server, main = mi.server(str(folder / "s")), threading.main_thread().ident
 
     def in_drain():
