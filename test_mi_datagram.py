@@ -659,6 +659,31 @@ def test_deep_and_huge_json_gets_an_answer():
         assert value.encode() in reply or (len(value) > 1000 and b'"error"' in reply)
 
 
+NESTED = """
+import threading, mi_datagram
+threading.stack_size(256 * 1024)
+answers = []
+def work():
+    for data in (b"[" * 20000, b'{"a":' * 12000, b'["[[", ' + b"[" * 9000):
+        answers.append(mi_datagram.Interface().answer(data))
+thread = threading.Thread(target=work)
+thread.start(); thread.join()
+print(set(answers))
+"""
+
+
+def test_nesting_without_end():
+    """JSON nested deeper than any stack is a parse error, in a thread with a small stack too; what is less is read."""
+    done = program(NESTED, "-")
+    assert done.stdout.count("-32700") == 1 and done.returncode == 0, done.stderr
+    deep = mi_datagram.NESTING - 2  # less the object and its params
+    for filler in ("", "[]" * 500, '\\"[' * 300):
+        value = json.dumps([filler]) if filler else "1"
+        for depth, code in ((deep - bool(filler), None), (mi_datagram.NESTING, -32700)):
+            call = '{"jsonrpc":"2.0","id":1,"method":"echo","params":[' + "[" * depth + value + "]" * depth + "]}"
+            assert json.loads(interface().answer(call.encode())).get("error", {}).get("code") == code
+
+
 def test_batches_and_notifications():
     """Up to 64 calls run and are answered in order, of more none; without an id a call runs and is never answered."""
     mi, calls = interface(), []
@@ -887,6 +912,38 @@ def test_errors_that_commands_answer_with():
     assert mi.answer(b":find:\nbad\n") == b"500 command failed\n"
 
 
+class Bare(CommandError):
+    def __init__(self):
+        pass
+
+
+@pytest.mark.parametrize("error", [Bare(), CommandError(404, Weird())])
+def test_odd_command_errors(error):
+    """A CommandError without code and reason, or whose reason has no text, is a command that failed."""
+    mi = interface()
+
+    @mi.command
+    def odd():
+        raise error
+
+    assert mi.answer(b":odd:\n") == b"500 command failed\n"
+    assert b'"error"' in mi.answer(b'{"jsonrpc":"2.0","method":"odd","id":1}')
+
+
+def test_failure_that_has_no_traceback_is_logged(monkeypatch, caplog):
+    """Where no traceback can be made, for want of a descriptor, the log still says what a command raised."""
+    mi = interface()
+    mi.command(lambda: 1 / 0, name="fails")
+
+    def format_exception(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("traceback.format_exception", format_exception)
+        assert mi.answer(b":fails:\n") == b"500 command failed\n"
+    assert "ZeroDivisionError: division by zero" in caplog.text
+
+
 # ----------------------------------------------------- deferred and async replies ----
 
 
@@ -991,6 +1048,113 @@ def test_a_deferred_made_while_another_is_answered():
     with serving(mi, "udp:127.0.0.1:0", handler=Crossed) as server:
         assert ask(server, b":twice:\n") == b"200 OK\nfirst\n"
         wait_until(lambda: not server._at_work and not mi.deadlines._open)
+
+
+@pytest.mark.parametrize("way", ["raises", "returns something", "defers again", "replies after it"])
+def test_one_answer_to_one_request(way):
+    """Whatever a command does with a Deferred and besides, a request has one answer, and its batch is complete."""
+    mi, sent, kept = interface(), [], []
+
+    @mi.command(pass_request=True)
+    def odd(request):
+        deferred = request.defer()
+        if way == "replies after it":
+            kept.append(deferred)
+            return "second"
+        deferred.reply("first")
+        with contextlib.suppress(mi_datagram.Error):
+            kept.append(request.defer())
+        if way == "raises":
+            raise ValueError
+        return "second" if way == "returns something" else deferred
+
+    call = b'{"jsonrpc":"2.0","method":"%s","id":%d}'
+    for request in (b":odd:\n", b"[%s,%s]" % (call % (b"odd", 1), call % (b"nothing", 2))):
+        sent.append(mi.answer(request, send=sent.append))
+        assert not any([deferred.reply("third") for deferred in kept])
+    line, batch = [reply for reply in sent if reply]
+    right = "second" if way == "replies after it" else "first"
+    assert line == f"200 OK\n{right}\n".encode()
+    assert [answer["result"] for answer in json.loads(batch)] == [right, "OK"]
+
+
+def test_deferred_of_another_request():
+    """A command that returns what another request deferred has failed."""
+    mi, deferreds = later()
+    mi.command(lambda request: deferreds[0], name="thief", pass_request=True)
+    assert mi.answer(b":later:\n1000\n") is None
+    assert mi.answer(b":thief:\n") == b"500 command failed\n"
+    deferreds[0].drop()
+
+
+def test_deadline_that_never_comes():
+    """A Deferred with no end to its time keeps no other from its deadline; a time that is none is refused."""
+    mi, _ = later()
+    assert mi.answer(b":later:\ninf\n") is None
+    for bad in (b"nan", b"-1"):
+        assert mi.answer(b":later:\n" + bad) == b"500 command failed\n"
+    wait_until(lambda: any("deadlines" in thread.name for thread in threading.enumerate()))
+    assert mi.answer(b":later:\n1\n") is None
+    wait_until(lambda: count(mi, "dropped_deferred") == 1)
+
+
+def test_no_thread_for_a_deadline(monkeypatch):
+    """Where no thread can be had to see to a deadline that command fails, and the next Deferred has its deadline."""
+    mi = interface()
+    mi.command(lambda request: request.defer(timeout=1), name="later", pass_request=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert mi.answer(b":later:\n") == b"500 command failed\n"
+    assert mi.answer(b":later:\n") is None
+    wait_until(lambda: count(mi, "dropped_deferred") == 1)
+
+
+def test_late_reply_that_cannot_be_sent(caplog):
+    """A `send` that raises at a deadline is logged, and later deadlines hold."""
+    mi, _ = later()
+    call = b'{"jsonrpc":"2.0","method":"%s","params":%s,"id":%d}'
+    batch = b"[%s,%s]" % (call % (b"later", b"[1]", 1), call % (b"nothing", b"[]", 2))
+
+    def send(reply):
+        raise OSError("gone")
+
+    assert mi.answer(batch, send=send) is None
+    wait_until(lambda: "a late reply was not sent" in caplog.text)
+    assert mi.answer(b":later:\n1\n") is None
+    wait_until(lambda: count(mi, "dropped_deferred") == 2)
+
+
+FORKED = """
+import os, sys, time, mi_datagram
+mi = mi_datagram.Interface()
+mi.command(lambda request, ms: request.defer(float(ms)), name="later", pass_request=True)
+mi.answer(b":later:\\n60000\\n")
+pid = os.fork()
+if not pid:
+    mi.answer(b":later:\\n1\\n")
+    end = time.monotonic() + 10
+    while not mi.statistics["mi_datagram:dropped_deferred"]() and time.monotonic() < end:
+        time.sleep(0.001)
+    os._exit(mi.statistics["mi_datagram:dropped_deferred"]())
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_deadlines_after_a_fork():
+    """In a process forked while replies were open, deadlines hold."""
+    assert program(FORKED, "-").stdout == "1\n"
+
+
+def test_deferred_of_handle_request_is_dropped_at_the_end(folder):
+    """stop() drops what is deferred also where the program called handle_request itself."""
+    mi, _ = later()
+    server = mi.server(str(folder / "s"))
+    with client_socket(server) as sock:
+        sock.sendto(b":later:\n60000\n", server.server_address)
+        server.handle_request()
+    server.stop()
+    assert count(server, "dropped_deferred") == 1
 
 
 def test_late_answers_of_a_batch_keep_its_order(name):
@@ -1206,6 +1370,20 @@ def test_statistics_are_counted_and_reset(probe):
             probe.statistic(wrong, int)
 
 
+def test_counters_made_by_several_threads(switching):
+    """Threads that mention a counter for the first time at once have the same one, and its readers no error."""
+    mi = interface()
+
+    def count_all():
+        for number in range(400):
+            mi.counter(f"made:c{number}").add()
+
+    threads = [in_thread(count_all) for _ in range(3)]
+    while any([thread.is_alive() for thread in threads]):
+        assert mi.answer(b":get_statistics:\nall\n").startswith(b"200")
+    assert all([mi.statistics[f"made:c{number}"]() == 3 for number in range(400)])
+
+
 @pytest.mark.parametrize("statistic", COUNTED)
 def test_each_kind_of_error_is_counted(statistic):
     """An error counts as one of its kind and as nothing else, in both dialects."""
@@ -1299,6 +1477,12 @@ def test_no_peer_forges_a_line_in_the_log(caplog):
     assert len(caplog.records) > 15
     lines = "\n".join([record.getMessage() for record in caplog.records]).split("\n")
     assert all(line.isprintable() and not line.startswith("FORGED") for line in lines)
+
+
+def test_log_lines_are_not_as_long_as_a_peer_likes(caplog):
+    """The log shows the beginning of what a peer sent."""
+    assert interface().answer(b":" + b"x" * 60000 + b":\n") == b"500 command not available\n"
+    assert 0 < len(caplog.text) < 1000
 
 
 def test_program_without_logging_hears_nothing(folder):
@@ -1738,6 +1922,23 @@ def test_owner_that_cannot_be_set(folder):
     assert not contents(folder)
 
 
+def test_symlink_put_in_the_place_of_the_socket(folder, monkeypatch):
+    """What is swapped for the socket file between bind and chmod keeps its mode, and the start is refused."""
+    victim = folder / "victim"
+    victim.touch(mode=0o600)
+    chown = os.chown
+
+    def swap(path, *arguments, **named):
+        chown(path, *arguments, **named)
+        os.unlink(path)
+        os.symlink(victim, path)
+
+    monkeypatch.setattr(os, "chown", swap)
+    with pytest.raises(mi_datagram.SocketError, match="owner or mode"):
+        interface().server(str(folder / "s"), unix_socket_mode=0o666)
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+
+
 def test_file_goes_before_the_socket(folder):
     """The file goes while the socket still lives, so that no file of another can have its inode by then."""
     class Closing:
@@ -1765,11 +1966,13 @@ def test_relative_path(folder, monkeypatch):
         monkeypatch.chdir("/")
         assert ask(server, b":nothing:\n") == b"200 OK\n"
     assert not contents(folder)
-    (folder / ("long" * 30)).mkdir()
-    monkeypatch.chdir(folder / ("long" * 30))
+    deep = folder / ("long" * 30)
+    deep.mkdir()
+    monkeypatch.chdir(deep)
     with serving(interface(), "./s") as server:
         assert ask(server, b":nothing:\n") == b"200 OK\n"
-    assert not os.listdir()
+        monkeypatch.chdir("/")
+    assert not os.listdir(deep)
 
 
 @pytest.mark.parametrize("other", ["a file", "a live socket", "a symlink to a file"])
@@ -1814,6 +2017,30 @@ def test_unix_peer(folder, bound):
         peer = wait_until(lambda: peers)[0]
         assert (peer.pid, peer.uid, peer.gid) == (sender.pid, user, user + 1 if IS_ROOT else os.getgid())
         wait_until(lambda: count(server, "dropped_unbound") == (not bound))
+
+
+@pytest.mark.parametrize("early, first", [(0, b"403 Forbidden\n"), (1, b"200 OK\n")])
+def test_datagram_older_than_its_server_has_no_known_sender(folder, early, first):
+    """A datagram that was queued before anybody asked for credentials comes from nobody known, so user rules refuse it."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, early)  # PassCredentials= of systemd
+    listening.bind(str(folder / "s"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(folder / "client"))
+        sock.settimeout(DEADLINE)
+        sock.sendto(b":nothing:\n", str(folder / "s"))
+        users = mi_datagram.allow_users(65534, os.geteuid())
+        with mi_datagram.UnixServer(str(folder / "s"), interface(), listening=listening, authorize=users):
+            assert sock.recv(1000) == first
+            sock.sendto(b":nothing:\n", str(folder / "s"))
+            assert sock.recv(1000) == b"200 OK\n"
+
+
+def test_high_user_ids():
+    """A uid from 2**31 up is that uid."""
+    peer = mi_datagram.Peer("x", struct.pack("iII", 7, 3_000_000_000, 4_000_000_000))
+    assert (peer.pid, peer.uid, peer.gid) == (7, 3_000_000_000, 4_000_000_000)
+    assert mi_datagram.allow_users(3_000_000_000)(peer, "x")
 
 
 def test_udp_peer():
@@ -1995,6 +2222,31 @@ def test_stop_in_a_handler_that_the_program_calls_itself(folder):
     finally:
         signal.signal(signal.SIGUSR1, before)
         server.stop()
+
+
+def test_interrupted_end_is_an_end(folder):
+    """A second Ctrl-C while serve_forever waits for a command ends it, and stop() works afterwards."""
+    mi, runs, go = blocking()
+    server, main = mi.server(str(folder / "s")), threading.main_thread().ident
+
+    def in_drain():
+        return any([frame.f_code.co_name == "_drain" for frame, _ in traceback.walk_stack(sys._current_frames()[main])])
+
+    def interrupt():
+        with client_socket(server) as sock:
+            sock.sendto(b":block:\n", server.server_address)
+            wait_until(lambda: runs)
+            signal.pthread_kill(main, signal.SIGINT)
+            wait_until(in_drain)
+            signal.pthread_kill(main, signal.SIGINT)
+
+    thread = in_thread(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        server.serve_forever()
+    go.set()
+    thread.join(DEADLINE)
+    server.stop()
+    assert not (folder / "s").exists()
 
 
 ENDS = {
@@ -2483,6 +2735,18 @@ def test_silent_clients(folder, threads, size, connect):
         wait_until(lambda: counted(server) == counted(server, "requests"))
 
 
+def test_silent_clients_leave_a_thread(folder):
+    """With the fewest threads, too, at most half of them wait for clients that do not read."""
+    with serving(interface(), folder / "s", max_threads=3, socket_timeout=10 * 1000 * DEADLINE) as server:
+        silent = [client_socket(server) for _ in range(3)]
+        for sock in silent:
+            for _ in range(QUEUE + 10):
+                sock.sendto(b":nothing:\n", server.server_address)
+        assert ask(server, b":nothing:\n") == b"200 OK\n"
+        for sock in silent:
+            sock.close()  # so that nobody waits for them at the end
+
+
 @pytest.mark.parametrize("timeout", [0, 50])
 def test_socket_timeout(folder, threads, timeout, caplog):
     """A reply waits for its client as long as socket_timeout says, not at all if that is 0; then it is logged."""
@@ -2583,6 +2847,37 @@ def test_replies_leave_from_the_bound_socket_again(folder, monkeypatch):
         assert senders == [None] * 4 + [server.server_address] * 6
 
 
+def test_large_reply_while_the_send_buffer_is_full(folder):
+    """A reply that one of our sockets can carry goes out though it needs another one."""
+    if os.geteuid():
+        pytest.skip("beyond net.core.wmem_max only root's buffers go")
+    mi = interface()
+    mi.command(lambda: "x" * 500_000, name="large")
+    with serving(mi, folder / "s", socket_buf_size=1 << 20) as server, client_socket(server) as sock:
+        server.socket = FaultySocket(server.socket, "sendto", errno.EAGAIN)
+        assert len(ask(server, b":large:\n", sock)) == 500_008
+
+
+def test_reply_that_went_out_is_not_counted_as_lost(folder, monkeypatch):
+    """A reply that a socket of its own delivered counts as one, also where there is no descriptor for a second one."""
+    with serving(interface(), folder / "s") as server, client_socket(server) as sock:
+        server.socket = FaultySocket(server.socket, "sendto", errno.EAGAIN)
+        made, make = [], socket.socket
+
+        def one_socket(*arguments, **named):
+            made.append(arguments)
+            if len(made) > 1:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return make(*arguments, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mi_datagram.socket, "socket", one_socket)
+            sock.sendto(b":nothing:\n", server.server_address)
+            assert sock.recv(1000) == b"200 OK\n"
+            wait_until(lambda: count(server, "replies") + count(server, "dropped_errors"))
+        assert (count(server, "replies"), count(server, "dropped_errors"), len(made)) == (1, 0, 2)
+
+
 @pytest.mark.parametrize("passed", [False, True])
 def test_socket_options(name, passed):
     """A reply may wait on the bound socket for socket_timeout, and that socket holds more replies than usual."""
@@ -2670,6 +2965,25 @@ def test_slow_notification_may_come_again():
         wait_until(lambda: notify(2) or runs.count("2") > 1)
 
 
+def test_notification_after_a_pause_is_no_retransmission():
+    """Over UDP equal notifications, each after a pause in which the server went to sleep, all run."""
+
+    class Leisurely(mi_datagram.UDPServer):
+        def get_request(self):
+            received = super().get_request()
+            pause(3 * mi_datagram.TICK)  # so that the watcher looks before there is a handler
+            return received
+
+    mi, ran = interface(), []
+    mi.command(lambda: ran.append(1), name="tick")
+    with Leisurely("udp:127.0.0.1:0", mi) as server, client_socket(server) as sock:
+        for number in range(1, 4):
+            pause(3 * mi_datagram.TICK * mi_datagram.QUIET_TICKS)
+            sock.sendto(b'{"jsonrpc":"2.0","method":"tick"}', server.server_address)
+            wait_until(lambda number=number: len(ran) + count(server, "retransmissions") == number)
+        assert len(ran) == 3
+
+
 @pytest.mark.parametrize("request_", [b":later:\n", b'{"jsonrpc":"2.0","method":"later"}'])
 def test_repeated_request_whose_reply_comes_late(request_):
     """Over UDP a request whose Deferred is not answered yet is not run again; once it is, it may come again."""
@@ -2686,6 +3000,21 @@ def test_repeated_request_whose_reply_comes_late(request_):
             assert request_[:1] == b"{" or sock.recv(1000) == b"200 OK\n%d\n" % number
 
 
+def test_batch_is_answered_when_its_last_call_is():
+    """Over UDP a batch that waits for one of its calls is not run again, though another was answered already."""
+    mi, deferred = later()
+    call = b'{"jsonrpc":"2.0","method":"later","id":%d}'
+    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
+        sock.sendto(b"[%b,%b]" % (call % 1, call % 2), server.server_address)
+        wait_until(lambda: len(deferred) == 2)
+        deferred[0].reply(1)
+        pause(2 * mi_datagram.TICK)
+        sock.sendto(b"[%b,%b]" % (call % 1, call % 2), server.server_address)
+        wait_until(lambda: count(server, "retransmissions") == 1 or len(deferred) > 2)
+        deferred[1].reply(2)
+        assert [answer["result"] for answer in json.loads(sock.recv(1000))] == [1, 2] and len(deferred) == 2
+
+
 def test_equal_requests_within_a_tick_all_run(monkeypatch):
     """Over UDP two equal datagrams that come at once are two requests: no client repeats one as soon as that."""
     monkeypatch.setattr(mi_datagram, "TICK", 3600)
@@ -2697,6 +3026,30 @@ def test_equal_requests_within_a_tick_all_run(monkeypatch):
         wait_until(lambda: len(runs) == 2)
         go.set()
         assert [sock.recv(1000) for _ in range(2)] == [b"200 OK\ndone\n"] * 2 and not count(server, "retransmissions")
+
+
+def test_request_doubled_at_once_is_not_run_a_third_time():
+    """Over UDP, of a slow request that came twice within a TICK, a later repeat is a retransmission all the same."""
+    mi, runs, go = interface(), [], threading.Event()
+
+    @mi.command
+    def uneven():
+        runs.append(1)
+        if len(runs) == 1:
+            pause(3 * mi_datagram.TICK)  # from now on known to be slow
+        elif len(runs) == 2:
+            assert go.wait(DEADLINE)
+
+    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
+        assert ask(server, b":uneven:\n", sock) == b"200 OK\n"
+        for _ in range(2):
+            sock.sendto(b":uneven:\n", server.server_address)
+        assert sock.recv(1000) == b"200 OK\n" and len(runs) == 3
+        pause(3 * mi_datagram.TICK)
+        sock.sendto(b":uneven:\n", server.server_address)
+        wait_until(lambda: count(server, "retransmissions") == 1 or len(runs) > 3)
+        go.set()
+        assert sock.recv(1000) == b"200 OK\n" and len(runs) == 3
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -2806,6 +3159,28 @@ def test_no_thread_to_hand_over_to(name, monkeypatch):
         sock.sendto(b":block:\n", server.server_address)
         assert ask(server, b":nothing:\n") == b"200 OK\n"
         go.set()
+
+
+def test_no_thread_for_a_moment(name, monkeypatch):
+    """Where no thread can be had just when the leader turns out slow, one is tried for again until there is."""
+    mi, _, go = blocking()
+    failed = []
+    start = threading.Thread.start
+
+    def fail_at_first(thread):
+        if thread.name == "mi_datagram worker" and len(failed) < 2:
+            failed.append(thread)
+            no_thread(thread)
+        start(thread)
+
+    with serving(mi, name) as server, client_socket(server) as sock:
+        assert ask(server, b":nothing:\n") == b"200 OK\n"
+        monkeypatch.setattr(threading.Thread, "start", fail_at_first)
+        sock.sendto(b":block:\n", server.server_address)
+        wait_until(lambda: len(failed) == 2)
+        assert ask(server, b":nothing:\n") == b"200 OK\n"
+        go.set()
+        assert sock.recv(1000) == b"200 OK\ndone\n"
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -2945,65 +3320,51 @@ def test_client_hears_its_server_alone(name):
         assert client.call("spoof").nodes == [Node(None, "right")] and client.call_json("spoof") == "right"
 
 
-def test_batch_is_answered_when_its_last_call_is():
-    """Over UDP a batch that waits for one of its calls is not run again, though another was answered already."""
-    mi, deferred = later()
-    call = b'{"jsonrpc":"2.0","method":"later","id":%d}'
-    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
-        sock.sendto(b"[%b,%b]" % (call % 1, call % 2), server.server_address)
-        wait_until(lambda: len(deferred) == 2)
-        deferred[0].reply(1)
-        pause(2 * mi_datagram.TICK)
-        sock.sendto(b"[%b,%b]" % (call % 1, call % 2), server.server_address)
-        wait_until(lambda: count(server, "retransmissions") == 1 or len(deferred) > 2)
-        deferred[1].reply(2)
-        assert [answer["result"] for answer in json.loads(sock.recv(1000))] == [1, 2] and len(deferred) == 2
+def test_nobody_but_the_server_can_send_to_a_client(folder, monkeypatch):
+    """A Client is connected before it has a name, so what others send to that name never arrives."""
+    calls = []
+
+    class Recorded(socket.socket):
+        def connect(self, address):
+            calls.append("connect")
+            super().connect(address)
+
+        def bind(self, address):
+            calls.append("bind")
+            super().bind(address)
+
+    with serving(interface(), folder / "s") as server:
+        monkeypatch.setattr(mi_datagram.socket, "socket", Recorded)
+        with Client(server.socket_name) as client:
+            assert client.call("nothing").ok and calls == ["connect", "bind"]
 
 
-def test_failure_that_has_no_traceback_is_logged(monkeypatch, caplog):
-    """Where no traceback can be made, for want of a descriptor, the log still says what a command raised."""
-    mi = interface()
-    mi.command(lambda: 1 / 0, name="fails")
-
-    def format_exception(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("traceback.format_exception", format_exception)
-        assert mi.answer(b":fails:\n") == b"500 command failed\n"
-    assert "ZeroDivisionError: division by zero" in caplog.text
+HOSTILE_ANSWERS = [
+    b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":2,"result":1}',
+]  # fmt: skip
 
 
-def test_no_thread_for_a_deadline(monkeypatch):
-    """Where no thread can be had to see to a deadline that command fails, and the next Deferred has its deadline."""
-    mi = interface()
-    mi.command(lambda request: request.defer(timeout=1), name="later", pass_request=True)
+@pytest.mark.parametrize("answer", HOSTILE_ANSWERS, ids=range(len(HOSTILE_ANSWERS)))
+def test_client_takes_no_nonsense(folder, answer):
+    """What is no answer to the present call is passed over, whatever it is, and the answer that follows is taken."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server, Client(str(folder / "s")) as client:
+        server.bind(str(folder / "s"))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", no_thread)
-        assert mi.answer(b":later:\n") == b"500 command failed\n"
-    assert mi.answer(b":later:\n") is None
-    wait_until(lambda: count(mi, "dropped_deferred") == 1)
+        def serve():
+            _, address = server.recvfrom(1000)
+            server.sendto(answer, address)
+            server.sendto(b'{"jsonrpc":"2.0","result":"right","id":1}', address)
+
+        thread = in_thread(serve)
+        assert client.call_json("anything") == "right"
+        thread.join(DEADLINE)
 
 
-def test_reply_that_went_out_is_not_counted_as_lost(folder, monkeypatch):
-    """A reply that a socket of its own delivered counts as one, also where there is no descriptor for a second one."""
-    with serving(interface(), folder / "s") as server, client_socket(server) as sock:
-        server.socket = FaultySocket(server.socket, "sendto", errno.EAGAIN)
-        made, make = [], socket.socket
-
-        def one_socket(*arguments, **named):
-            made.append(arguments)
-            if len(made) > 1:
-                raise OSError(errno.EMFILE, "Too many open files")
-            return make(*arguments, **named)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(mi_datagram.socket, "socket", one_socket)
-            sock.sendto(b":nothing:\n", server.server_address)
-            assert sock.recv(1000) == b"200 OK\n"
-            wait_until(lambda: count(server, "replies") + count(server, "dropped_errors"))
-        assert (count(server, "replies"), count(server, "dropped_errors"), len(made)) == (1, 0, 2)
+@pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}])
+def test_client_names_what_json_cannot_say(folder, value):
+    """A parameter that has no JSON form is a RequestError, and nothing is sent."""
+    with Client(str(folder / "s")) as client, pytest.raises(mi_datagram.RequestError):
+        client.call_json("echo", value)
 
 
 def test_reply_dir_is_where_the_replies_come_to(folder):
@@ -3044,424 +3405,6 @@ def test_reply_dir_that_is_none_is_named(folder, reply_dir):
     """A `reply_dir` where no folder can be made is a SocketError that names it."""
     with Client(str(folder / "s"), reply_dir=reply_dir) as client, pytest.raises(mi_datagram.SocketError, match="reply_dir"):
         client.call("nothing")
-
-
-# ---- hostile and unlucky
-
-
-def test_notification_after_a_pause_is_no_retransmission():
-    """Over UDP equal notifications, each after a pause in which the server went to sleep, all run."""
-
-    class Leisurely(mi_datagram.UDPServer):
-        def get_request(self):
-            received = super().get_request()
-            pause(3 * mi_datagram.TICK)  # so that the watcher looks before there is a handler
-            return received
-
-    mi, ran = interface(), []
-    mi.command(lambda: ran.append(1), name="tick")
-    with Leisurely("udp:127.0.0.1:0", mi) as server, client_socket(server) as sock:
-        for number in range(1, 4):
-            pause(3 * mi_datagram.TICK * mi_datagram.QUIET_TICKS)
-            sock.sendto(b'{"jsonrpc":"2.0","method":"tick"}', server.server_address)
-            wait_until(lambda number=number: len(ran) + count(server, "retransmissions") == number)
-        assert len(ran) == 3
-
-
-def test_request_doubled_at_once_is_not_run_a_third_time():
-    """Over UDP, of a slow request that came twice within a TICK, a later repeat is a retransmission all the same."""
-    mi, runs, go = interface(), [], threading.Event()
-
-    @mi.command
-    def uneven():
-        runs.append(1)
-        if len(runs) == 1:
-            pause(3 * mi_datagram.TICK)  # from now on known to be slow
-        elif len(runs) == 2:
-            assert go.wait(DEADLINE)
-
-    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
-        assert ask(server, b":uneven:\n", sock) == b"200 OK\n"
-        for _ in range(2):
-            sock.sendto(b":uneven:\n", server.server_address)
-        assert sock.recv(1000) == b"200 OK\n" and len(runs) == 3
-        pause(3 * mi_datagram.TICK)
-        sock.sendto(b":uneven:\n", server.server_address)
-        wait_until(lambda: count(server, "retransmissions") == 1 or len(runs) > 3)
-        go.set()
-        assert sock.recv(1000) == b"200 OK\n" and len(runs) == 3
-
-
-def test_nobody_but_the_server_can_send_to_a_client(folder, monkeypatch):
-    """A Client is connected before it has a name, so what others send to that name never arrives."""
-    calls = []
-
-    class Recorded(socket.socket):
-        def connect(self, address):
-            calls.append("connect")
-            super().connect(address)
-
-        def bind(self, address):
-            calls.append("bind")
-            super().bind(address)
-
-    with serving(interface(), folder / "s") as server:
-        monkeypatch.setattr(mi_datagram.socket, "socket", Recorded)
-        with Client(server.socket_name) as client:
-            assert client.call("nothing").ok and calls == ["connect", "bind"]
-
-
-@pytest.mark.parametrize("early, first", [(0, b"403 Forbidden\n"), (1, b"200 OK\n")])
-def test_datagram_older_than_its_server_has_no_known_sender(folder, early, first):
-    """A datagram that was queued before anybody asked for credentials comes from nobody known, so user rules refuse it."""
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, early)  # PassCredentials= of systemd
-    listening.bind(str(folder / "s"))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(str(folder / "client"))
-        sock.settimeout(DEADLINE)
-        sock.sendto(b":nothing:\n", str(folder / "s"))
-        users = mi_datagram.allow_users(65534, os.geteuid())
-        with mi_datagram.UnixServer(str(folder / "s"), interface(), listening=listening, authorize=users):
-            assert sock.recv(1000) == first
-            sock.sendto(b":nothing:\n", str(folder / "s"))
-            assert sock.recv(1000) == b"200 OK\n"
-
-
-def test_high_user_ids():
-    """A uid from 2**31 up is that uid."""
-    peer = mi_datagram.Peer("x", struct.pack("iII", 7, 3_000_000_000, 4_000_000_000))
-    assert (peer.pid, peer.uid, peer.gid) == (7, 3_000_000_000, 4_000_000_000)
-    assert mi_datagram.allow_users(3_000_000_000)(peer, "x")
-
-
-NESTED = """
-import threading, mi_datagram
-threading.stack_size(256 * 1024)
-answers = []
-def work():
-    for data in (b"[" * 20000, b'{"a":' * 12000, b'["[[", ' + b"[" * 9000):
-        answers.append(mi_datagram.Interface().answer(data))
-thread = threading.Thread(target=work)
-thread.start(); thread.join()
-print(set(answers))
-"""
-
-
-def test_nesting_without_end():
-    """JSON nested deeper than any stack is a parse error, in a thread with a small stack too; what is less is read."""
-    done = program(NESTED, "-")
-    assert done.stdout.count("-32700") == 1 and done.returncode == 0, done.stderr
-    deep = mi_datagram.NESTING - 2  # less the object and its params
-    for filler in ("", "[]" * 500, '\\"[' * 300):
-        value = json.dumps([filler]) if filler else "1"
-        for depth, code in ((deep - bool(filler), None), (mi_datagram.NESTING, -32700)):
-            call = '{"jsonrpc":"2.0","id":1,"method":"echo","params":[' + "[" * depth + value + "]" * depth + "]}"
-            assert json.loads(interface().answer(call.encode())).get("error", {}).get("code") == code
-
-
-def test_children_let_commands_finish_though_all_are_told(folder):
-    """A SIGTERM to the whole process group, as systemd sends it, lets running commands reply."""
-    held = folder / "held"
-    with ops_process(folder, "--children_count", 2) as server, Client(str(folder / "s"), timeout=60000) as client:
-        processes(folder / "s")
-        replies = []
-        thread = in_thread(lambda: replies.append(client.call("hold", held).nodes))
-        wait_until(held.exists)
-        os.killpg(server.pid, signal.SIGTERM)
-        wait_until(lambda: any("STOP" in line for line in server.log) or not client_answers(folder / "s"))
-        held.unlink()
-        thread.join(DEADLINE)
-        assert replies == [[Node(None, "released")]] and server.wait(DEADLINE) == 0
-
-
-def client_answers(path):
-    """Whether a server still takes requests."""
-    try:
-        with Client(str(path), timeout=100) as client:
-            return client.call("nothing").ok
-    except mi_datagram.Error:
-        return False
-
-
-def test_child_that_cannot_be_forked(folder):
-    """Where no process can be had for a child that died, the others serve on, and it is replaced once one can."""
-    hook = """import os, signal
-real, calls, timer = os.fork, [], signal.setitimer
-signal.setitimer = lambda which, seconds: timer(which, seconds / 10)
-def fork():
-    calls.append(1)
-    if len(calls) == 3:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-    return real()
-os.fork = fork
-"""
-    (folder / "hook.py").write_text(hook + "from mi_datagram import Interface\nmi = Interface()\n")
-    with ops_process(folder, "--load", "hook.py", "--children_count", 2) as server:
-        killed = int(values(folder / "s", "who")[0])  # one that dies before it has served would end the server
-        os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: "cannot be started: Resource temporarily" in "".join(server.log))
-        assert values(folder / "s", "who")
-        wait_until(lambda: killed not in processes(folder / "s"))
-
-
-def test_no_thread_for_a_moment(name, monkeypatch):
-    """Where no thread can be had just when the leader turns out slow, one is tried for again until there is."""
-    mi, _, go = blocking()
-    failed = []
-    start = threading.Thread.start
-
-    def fail_at_first(thread):
-        if thread.name == "mi_datagram worker" and len(failed) < 2:
-            failed.append(thread)
-            no_thread(thread)
-        start(thread)
-
-    with serving(mi, name) as server, client_socket(server) as sock:
-        assert ask(server, b":nothing:\n") == b"200 OK\n"
-        monkeypatch.setattr(threading.Thread, "start", fail_at_first)
-        sock.sendto(b":block:\n", server.server_address)
-        wait_until(lambda: len(failed) == 2)
-        assert ask(server, b":nothing:\n") == b"200 OK\n"
-        go.set()
-        assert sock.recv(1000) == b"200 OK\ndone\n"
-
-
-def test_silent_clients_leave_a_thread(folder):
-    """With the fewest threads, too, at most half of them wait for clients that do not read."""
-    with serving(interface(), folder / "s", max_threads=3, socket_timeout=10 * 1000 * DEADLINE) as server:
-        silent = [client_socket(server) for _ in range(3)]
-        for sock in silent:
-            for _ in range(QUEUE + 10):
-                sock.sendto(b":nothing:\n", server.server_address)
-        assert ask(server, b":nothing:\n") == b"200 OK\n"
-        for sock in silent:
-            sock.close()  # so that nobody waits for them at the end
-
-
-def test_symlink_put_in_the_place_of_the_socket(folder, monkeypatch):
-    """What is swapped for the socket file between bind and chmod keeps its mode, and the start is refused."""
-    victim = folder / "victim"
-    victim.touch(mode=0o600)
-    chown = os.chown
-
-    def swap(path, *arguments, **named):
-        chown(path, *arguments, **named)
-        os.unlink(path)
-        os.symlink(victim, path)
-
-    monkeypatch.setattr(os, "chown", swap)
-    with pytest.raises(mi_datagram.SocketError, match="owner or mode"):
-        interface().server(str(folder / "s"), unix_socket_mode=0o666)
-    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
-
-
-def test_deadline_that_never_comes():
-    """A Deferred with no end to its time keeps no other from its deadline; a time that is none is refused."""
-    mi, _ = later()
-    assert mi.answer(b":later:\ninf\n") is None
-    for bad in (b"nan", b"-1"):
-        assert mi.answer(b":later:\n" + bad) == b"500 command failed\n"
-    wait_until(lambda: any("deadlines" in thread.name for thread in threading.enumerate()))
-    assert mi.answer(b":later:\n1\n") is None
-    wait_until(lambda: count(mi, "dropped_deferred") == 1)
-
-
-def test_late_reply_that_cannot_be_sent(caplog):
-    """A `send` that raises at a deadline is logged, and later deadlines hold."""
-    mi, _ = later()
-    call = b'{"jsonrpc":"2.0","method":"%s","params":%s,"id":%d}'
-    batch = b"[%s,%s]" % (call % (b"later", b"[1]", 1), call % (b"nothing", b"[]", 2))
-
-    def send(reply):
-        raise OSError("gone")
-
-    assert mi.answer(batch, send=send) is None
-    wait_until(lambda: "a late reply was not sent" in caplog.text)
-    assert mi.answer(b":later:\n1\n") is None
-    wait_until(lambda: count(mi, "dropped_deferred") == 2)
-
-
-FORKED = """
-import os, sys, time, mi_datagram
-mi = mi_datagram.Interface()
-mi.command(lambda request, ms: request.defer(float(ms)), name="later", pass_request=True)
-mi.answer(b":later:\\n60000\\n")
-pid = os.fork()
-if not pid:
-    mi.answer(b":later:\\n1\\n")
-    end = time.monotonic() + 10
-    while not mi.statistics["mi_datagram:dropped_deferred"]() and time.monotonic() < end:
-        time.sleep(0.001)
-    os._exit(mi.statistics["mi_datagram:dropped_deferred"]())
-print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-
-
-def test_deadlines_after_a_fork():
-    """In a process forked while replies were open, deadlines hold."""
-    assert program(FORKED, "-").stdout == "1\n"
-
-
-@pytest.mark.parametrize("way", ["raises", "returns something", "defers again", "replies after it"])
-def test_one_answer_to_one_request(way):
-    """Whatever a command does with a Deferred and besides, a request has one answer, and its batch is complete."""
-    mi, sent, kept = interface(), [], []
-
-    @mi.command(pass_request=True)
-    def odd(request):
-        deferred = request.defer()
-        if way == "replies after it":
-            kept.append(deferred)
-            return "second"
-        deferred.reply("first")
-        with contextlib.suppress(mi_datagram.Error):
-            kept.append(request.defer())
-        if way == "raises":
-            raise ValueError
-        return "second" if way == "returns something" else deferred
-
-    call = b'{"jsonrpc":"2.0","method":"%s","id":%d}'
-    for request in (b":odd:\n", b"[%s,%s]" % (call % (b"odd", 1), call % (b"nothing", 2))):
-        sent.append(mi.answer(request, send=sent.append))
-        assert not any([deferred.reply("third") for deferred in kept])
-    line, batch = [reply for reply in sent if reply]
-    right = "second" if way == "replies after it" else "first"
-    assert line == f"200 OK\n{right}\n".encode()
-    assert [answer["result"] for answer in json.loads(batch)] == [right, "OK"]
-
-
-def test_deferred_of_another_request():
-    """A command that returns what another request deferred has failed."""
-    mi, deferreds = later()
-    mi.command(lambda request: deferreds[0], name="thief", pass_request=True)
-    assert mi.answer(b":later:\n1000\n") is None
-    assert mi.answer(b":thief:\n") == b"500 command failed\n"
-    deferreds[0].drop()
-
-
-def test_deferred_of_handle_request_is_dropped_at_the_end(folder):
-    """stop() drops what is deferred also where the program called handle_request itself."""
-    mi, _ = later()
-    server = mi.server(str(folder / "s"))
-    with client_socket(server) as sock:
-        sock.sendto(b":later:\n60000\n", server.server_address)
-        server.handle_request()
-    server.stop()
-    assert count(server, "dropped_deferred") == 1
-
-
-def test_counters_made_by_several_threads(switching):
-    """Threads that mention a counter for the first time at once have the same one, and its readers no error."""
-    mi = interface()
-
-    def count_all():
-        for number in range(400):
-            mi.counter(f"made:c{number}").add()
-
-    threads = [in_thread(count_all) for _ in range(3)]
-    while any([thread.is_alive() for thread in threads]):
-        assert mi.answer(b":get_statistics:\nall\n").startswith(b"200")
-    assert all([mi.statistics[f"made:c{number}"]() == 3 for number in range(400)])
-
-
-class Bare(CommandError):
-    def __init__(self):
-        pass
-
-
-@pytest.mark.parametrize("error", [Bare(), CommandError(404, Weird())])
-def test_odd_command_errors(error):
-    """A CommandError without code and reason, or whose reason has no text, is a command that failed."""
-    mi = interface()
-
-    @mi.command
-    def odd():
-        raise error
-
-    assert mi.answer(b":odd:\n") == b"500 command failed\n"
-    assert b'"error"' in mi.answer(b'{"jsonrpc":"2.0","method":"odd","id":1}')
-
-
-def test_log_lines_are_not_as_long_as_a_peer_likes(caplog):
-    """The log shows the beginning of what a peer sent."""
-    assert interface().answer(b":" + b"x" * 60000 + b":\n") == b"500 command not available\n"
-    assert 0 < len(caplog.text) < 1000
-
-
-def test_large_reply_while_the_send_buffer_is_full(folder):
-    """A reply that one of our sockets can carry goes out though it needs another one."""
-    if os.geteuid():
-        pytest.skip("beyond net.core.wmem_max only root's buffers go")
-    mi = interface()
-    mi.command(lambda: "x" * 500_000, name="large")
-    with serving(mi, folder / "s", socket_buf_size=1 << 20) as server, client_socket(server) as sock:
-        server.socket = FaultySocket(server.socket, "sendto", errno.EAGAIN)
-        assert len(ask(server, b":large:\n", sock)) == 500_008
-
-
-def test_file_goes_from_a_path_that_is_too_long_in_full(folder, monkeypatch):
-    """A relative path whose full one is too long for a socket is removed at the end, from wherever."""
-    deep = folder / ("x" * 100)
-    deep.mkdir()
-    monkeypatch.chdir(deep)
-    server = interface().server("./s")
-    monkeypatch.chdir("/")
-    server.stop()
-    assert not os.listdir(deep)
-
-
-def test_interrupted_end_is_an_end(folder):
-    """A second Ctrl-C while serve_forever waits for a command ends it, and stop() works afterwards."""
-    mi, runs, go = blocking()
-    server, main = mi.server(str(folder / "s")), threading.main_thread().ident
-
-    def in_drain():
-        return any([frame.f_code.co_name == "_drain" for frame, _ in traceback.walk_stack(sys._current_frames()[main])])
-
-    def interrupt():
-        with client_socket(server) as sock:
-            sock.sendto(b":block:\n", server.server_address)
-            wait_until(lambda: runs)
-            signal.pthread_kill(main, signal.SIGINT)
-            wait_until(in_drain)
-            signal.pthread_kill(main, signal.SIGINT)
-
-    thread = in_thread(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        server.serve_forever()
-    go.set()
-    thread.join(DEADLINE)
-    server.stop()
-    assert not (folder / "s").exists()
-
-
-HOSTILE_ANSWERS = [
-    b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":2,"result":1}',
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("answer", HOSTILE_ANSWERS, ids=range(len(HOSTILE_ANSWERS)))
-def test_client_takes_no_nonsense(folder, answer):
-    """What is no answer to the present call is passed over, whatever it is, and the answer that follows is taken."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server, Client(str(folder / "s")) as client:
-        server.bind(str(folder / "s"))
-
-        def serve():
-            _, address = server.recvfrom(1000)
-            server.sendto(answer, address)
-            server.sendto(b'{"jsonrpc":"2.0","result":"right","id":1}', address)
-
-        thread = in_thread(serve)
-        assert client.call_json("anything") == "right"
-        thread.join(DEADLINE)
-
-
-@pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}])
-def test_client_names_what_json_cannot_say(folder, value):
-    """A parameter that has no JSON form is a RequestError, and nothing is sent."""
-    with Client(str(folder / "s")) as client, pytest.raises(mi_datagram.RequestError):
-        client.call_json("echo", value)
 
 
 # ------------------------------------------------------------- command line ----
@@ -4189,6 +4132,27 @@ def test_killed_child_is_replaced(folder):
                 assert values(path, "who") == [str(child)]
 
 
+def test_child_that_cannot_be_forked(folder):
+    """Where no process can be had for a child that died, the others serve on, and it is replaced once one can."""
+    hook = """import os, signal
+real, calls, timer = os.fork, [], signal.setitimer
+signal.setitimer = lambda which, seconds: timer(which, seconds / 10)
+def fork():
+    calls.append(1)
+    if len(calls) == 3:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return real()
+os.fork = fork
+"""
+    (folder / "hook.py").write_text(hook + "from mi_datagram import Interface\nmi = Interface()\n")
+    with ops_process(folder, "--load", "hook.py", "--children_count", 2) as server:
+        killed = int(values(folder / "s", "who")[0])  # one that dies before it has served would end the server
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: "cannot be started: Resource temporarily" in "".join(server.log))
+        assert values(folder / "s", "who")
+        wait_until(lambda: killed not in processes(folder / "s"))
+
+
 @pytest.mark.parametrize("hook, why", CANNOT_SERVE)
 def test_child_that_cannot_serve(folder, hook, why):
     """A child that ends before it served ends the server, which says why and exits with 1."""
@@ -4254,6 +4218,30 @@ def test_sigterm_under_load(folder):
         assert server.returncode == 0
     taken = (folder / "notes").read_text().split()
     assert sorted(replies) == sorted([f"200 OK\n{number}\n" for number in taken])
+
+
+def client_answers(path):
+    """Whether a server still takes requests."""
+    try:
+        with Client(str(path), timeout=100) as client:
+            return client.call("nothing").ok
+    except mi_datagram.Error:
+        return False
+
+
+def test_children_let_commands_finish_though_all_are_told(folder):
+    """A SIGTERM to the whole process group, as systemd sends it, lets running commands reply."""
+    held = folder / "held"
+    with ops_process(folder, "--children_count", 2) as server, Client(str(folder / "s"), timeout=60000) as client:
+        processes(folder / "s")
+        replies = []
+        thread = in_thread(lambda: replies.append(client.call("hold", held).nodes))
+        wait_until(held.exists)
+        os.killpg(server.pid, signal.SIGTERM)
+        wait_until(lambda: any("STOP" in line for line in server.log) or not client_answers(folder / "s"))
+        held.unlink()
+        thread.join(DEADLINE)
+        assert replies == [[Node(None, "released")]] and server.wait(DEADLINE) == 0
 
 
 def test_killed_parent(folder):
