@@ -1082,7 +1082,7 @@ class Exchange:
         try:
             document = self._parse_json(data)
         except CommandError as error:
-            text = self._format_json(None, self._blame(error))
+            text = self._format_json("", None, self._blame(error))
             return None if text is None else text.encode()
         calls, join = (document, self._join) if isinstance(document, list) else ([document], "".join)
         texts: list[str | None] = [None] * len(calls)
@@ -1097,17 +1097,14 @@ class Exchange:
                     return None
             return join([text for text in texts if text is not None]).encode() or None
 
+        def put(index: int, text: str | None) -> None:
+            texts[index] = text
+            reply = close()
+            if reply:  # a late one; this thread has one more to count off
+                self.send(reply)
+
         for index, call in enumerate(calls):
-
-            def deliver(outcome: Any, call: Any = call, index: int = index) -> None:
-                texts[index] = self._format_json(call, outcome)
-                reply = close()
-                if reply:  # a late one; this thread has one more to count off
-                    self.send(reply)
-
-            outcome = self._perform_json(call, deliver)
-            if outcome.__class__ is not Deferred:
-                deliver(outcome)
+            self._answer_call(call, functools.partial(put, index))
         return close()
 
     def _parse_json(self, data: bytes) -> Any:
@@ -1130,13 +1127,19 @@ class Exchange:
             self._refuse("invalid_requests", f"{len(calls)} calls, 1 to {BATCH} allowed")
         return document
 
-    def _perform_json(self, call: Any, deliver: Callable[[Any], object]) -> Any:
-        """Give what the command returns, or the CommandError that went wrong."""
-        name = ""
+    def _answer_call(self, call: Any, put: Callable[[str | None], object]) -> None:
+        """Run the command of a call and PUT the answer, now or later; None for a call that gets none."""
+        is_call = _is_call(call)
+        name = call["method"] if is_call else ""
+        call_id = _json_id(call)
+        is_notification = is_call and "id" not in call
+
+        def deliver(outcome: Any) -> None:
+            put(None if is_notification else self._format_json(name, call_id, outcome))
+
         try:
-            if not _is_call(call):
+            if not is_call:
                 self._refuse("invalid_requests", "no Request object")
-            name = call["method"]
             self._authorize(name)
             command = self.service.interface.commands.get(name)
             if command is None:
@@ -1144,26 +1147,26 @@ class Exchange:
             params = call.get("params", [])
             values, named = ([], dict(params)) if isinstance(params, dict) else (list(params), {})
             if command.pass_request:
-                return self._run_with_request(command, values, named, deliver)
-            return self._run(command, values, named)
+                outcome = self._run_with_request(command, values, named, deliver)
+            else:
+                outcome = self._run(command, values, named)
         except CommandError as error:
-            return self._blame(error, name)
+            outcome = self._blame(error, name)
+        if outcome.__class__ is not Deferred:
+            deliver(outcome)
 
-    def _format_json(self, call: Any, outcome: Any) -> str | None:
-        """Write the outcome of a call as an answer that fits; None for a call that gets none."""
-        is_call = _is_call(call)
-        name = call["method"] if is_call else ""
-        if (is_call and "id" not in call) or (isinstance(outcome, _Fault) and outcome.silent):
+    def _format_json(self, name: str, call_id: Any, outcome: Any) -> str | None:
+        """Write the outcome of a call of the command NAME as an answer that fits; None where none is to be sent."""
+        if isinstance(outcome, _Fault) and outcome.silent:
             return None
         member, value = _json_member(outcome)
-        answer = {"jsonrpc": "2.0", member: value, "id": _json_id(call)}
         try:
-            text = _json_encoder(self.service.json_indent)(answer)
+            text = _json_encoder(self.service.json_indent)({"jsonrpc": "2.0", member: value, "id": call_id})
         except Exception as error:  # what JSON cannot say
-            return self._format_json(call, self._blame(_failure("reply", error), name))
+            return self._format_json(name, call_id, self._blame(_failure("reply", error), name))
         if len(text) <= self.service.limit:
             return text
-        answer = {"jsonrpc": "2.0", "error": _json_error(self._too_long(len(text), name)), "id": _json_id(call)}
+        answer = {"jsonrpc": "2.0", "error": _json_error(self._too_long(len(text), name)), "id": call_id}
         text = _json_encoder(None)(answer)
         return text if len(text) <= self.service.limit else _json_encoder(None)({**answer, "id": None})
 
@@ -1171,7 +1174,7 @@ class Exchange:
         """Join the answers of a batch if they fit together."""
         text = "[" + ",".join(texts) + "]" if texts else ""
         if len(text) > self.service.limit:
-            text = self._format_json(None, self._too_long(len(text), "")) or ""
+            text = self._format_json("", None, self._too_long(len(text), "")) or ""
         return text
 
 
