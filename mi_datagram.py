@@ -55,7 +55,6 @@ import sys
 import threading
 import time
 import traceback
-import types
 import typing
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -648,12 +647,10 @@ def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, boo
         annotation = typing.get_type_hints(holder, names, names)["parameter"]
     except Exception:
         return None  # a name known to type checkers alone
-    kinds = [annotation]
-    if typing.get_origin(annotation) in (typing.Union, getattr(types, "UnionType", typing.Union)):
-        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-    if len(kinds) != 1 or kinds[0] not in (int, float, bool, str):
-        return None
-    return kinds[0], annotation is not kinds[0]
+    for kind in (int, float, bool, str):
+        if annotation in (kind, typing.Optional[kind]):
+            return kind, annotation is not kind
+    return None
 
 
 class Command:
@@ -745,12 +742,10 @@ class Command:
         """Write the call as a line to type: required parameters bare, others in brackets."""
         words = [self.name]
         for p in self.parameters:
-            word = p.name.upper() if p.kind is not p.KEYWORD_ONLY else f"{p.name}::{p.name.upper()}"
-            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                word = f"[{word if p.kind is p.VAR_POSITIONAL else 'NAME::VALUE'}]..."
-            elif p.name not in self._required:
-                word = f"[{word}]"
-            words.append(word)
+            word = "NAME::VALUE" if p.kind is p.VAR_KEYWORD else p.name.upper()
+            word = f"{p.name}::{word}" if p.kind is p.KEYWORD_ONLY else word
+            word = word if p.name in self._required else f"[{word}]"
+            words.append(f"{word}..." if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else word)
         return " ".join(words)
 
 
