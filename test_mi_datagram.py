@@ -403,6 +403,7 @@ BINDINGS = [  # signature, values by position, values by name, what the command 
     ("**names", [], {"k": "x", "l": "y"}, {"names": {"k": "x", "l": "y"}}), ("a, **names", ["x"], {"a": "y"}, None),
     ("a, **names", ["x"], {"k": "y"}, {"a": "x", "names": {"k": "y"}}), ("a, /, **names", [], {"a": "y"}, None),
     ("a, /, **names", ["x"], {"a": "y"}, {"a": "x", "names": {"a": "y"}}),
+    ("a='d', /, **names", [], {"a": "y"}, {"a": "d", "names": {"a": "y"}}),
     ("request, self='d'", [], {"request": "x", "self": "y"}, {"request": "x", "self": "y"}),
 ]  # fmt: skip
 BAD = "refused"
