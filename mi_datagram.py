@@ -490,13 +490,11 @@ def parse_reply(data: bytes) -> Reply:
     Any indent is read, and a closing blank line (OpenSIPS sends one) is dropped; attributes stay
     part of the value, as nothing in the text tells them apart. Raises RequestError for no reply.
     """
-    first, *lines = data.decode("utf-8", "surrogateescape").split("\n")
+    text = data.decode("utf-8", "surrogateescape")
+    first, *lines = text.removesuffix("\n").removesuffix("\n").split("\n")  # the second is a closing blank line's
     code, _, reason = first.partition(" ")
     if not (len(code) == 3 and code.isascii() and code.isdigit()):
         raise RequestError("no first line 'CODE REASON'", 0)
-    for _ in range(2):  # what stands behind the last line break, and a closing blank line
-        if lines and not lines[-1]:
-            lines.pop()
     levels: list[tuple[int, list[Node]]] = [(0, [])]  # the indent of each open level, and its nodes
     for line in lines:
         text = line.lstrip(WHITE)
