@@ -411,9 +411,6 @@ def _check_encodes(text: str) -> None:
     raise RequestError(f"{text!a} has surrogates that do not come back")
 
 
-_SCALARS = frozenset([str, int, float, bool, type(None)])  # most values: told without asking the ABCs
-
-
 def _text(value: object) -> str:
     """Write a scalar as the line dialect has it."""
     if value is None:
@@ -425,14 +422,12 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _is_mapping(data: object) -> bool:
-    return data.__class__ not in _SCALARS and isinstance(data, Mapping)
-
-
-def _is_sequence(data: object) -> bool:
-    return (
-        data.__class__ not in _SCALARS and isinstance(data, Sequence) and not isinstance(data, (bytes, bytearray, str))
-    )
+@functools.lru_cache(maxsize=64)
+def _container(kind: type) -> type[Any] | None:
+    """Give dict for a class of mappings, list for one of sequences, None for one of scalars."""
+    if issubclass(kind, (bytes, bytearray, str)):
+        return None
+    return dict if issubclass(kind, Mapping) else list if issubclass(kind, Sequence) else None
 
 
 def format_reply(reply: Any = None, indent: str = "\t") -> bytes:
@@ -454,13 +449,13 @@ def format_reply(reply: Any = None, indent: str = "\t") -> bytes:
 
 def _format_nodes(data: Any, depth: str, indent: str, lines: list[str]) -> None:
     """Append the lines of DATA, each with its line break."""
-    if data.__class__ is dict or _is_mapping(data):
+    if data.__class__ is dict or _container(data.__class__) is dict:
         for name, value in data.items():
             if value.__class__ is str and name.__class__ is str and name:
                 lines.append(f"{depth}{name}:: {value}\n")
             else:
                 _format_node(_text(name), value, depth, indent, lines)
-    elif _is_sequence(data):
+    elif _container(data.__class__) is list:
         for value in data:
             _format_node("", value, depth, indent, lines)
     elif data is not None:
@@ -476,7 +471,7 @@ def _format_node(name: str, data: Any, depth: str, indent: str, lines: list[str]
         name = name or data.name or ""
         attributes = "".join([f" {key}={_text(value)}" for key, value in data.attributes.items()])
         data, below = data.value, (data.children,)
-    if _is_mapping(data) or _is_sequence(data):
+    if _container(data.__class__):
         data, below = None, (data, *below)
     label = f"{name}:: " if name else ""
     lines.append(f"{depth}{label}{_text(data)}{attributes}\n")
@@ -527,15 +522,14 @@ def _check_nesting(data: bytes) -> None:
             raise ValueError(f"nested deeper than {NESTING}")
 
 
-def _plain(value: object) -> Any:
+def _plain(value: Any) -> Any:
     """Give json what it does not know by itself: our nodes, and other mappings and sequences."""
     if isinstance(value, Node):
         return value.data()
-    if isinstance(value, Mapping):
-        return dict(value)
-    if _is_sequence(value):
-        return list(value)  # type: ignore[call-overload]
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+    container = _container(value.__class__)
+    if container is None:
+        raise TypeError(f"{type(value).__name__} has no JSON form")
+    return container(value)
 
 
 _decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
