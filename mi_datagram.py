@@ -1166,11 +1166,6 @@ COUNTERS = (
 )
 
 
-def _count_threads() -> int:
-    """Count the threads of this process that serve, or see to deadlines."""
-    return sum([thread.name.startswith("mi_datagram") for thread in threading.enumerate()])
-
-
 _F = typing.TypeVar("_F", bound=Callable[..., Any])
 _on_loop = contextvars.ContextVar("_on_loop", default=False)  # whether it is an `async def` command that runs
 Authorize = Callable[[Peer, str], bool]
@@ -1287,26 +1282,23 @@ class Interface:
 
     def counter(self, name: str) -> Counter:
         """Give the counter called `group:name`, made at its first mention."""
-        counter = self.statistics.get(name)
-        if counter is None:
-            self._check_statistic(name)
-            counter = self.statistics.setdefault(name, Counter())  # of two threads one makes it
+        counter = self.statistics.get(name) or self._add_statistic(name, Counter())  # of two threads one makes it
         if not isinstance(counter, Counter):
             raise ParameterError(f"statistic name {name!a}: there is one already")
         return counter
 
-    @staticmethod
-    def _check_statistic(name: str) -> None:
-        group, separator, rest = name.partition(":")
-        if not (group and separator and rest):
-            raise ParameterError(f"statistic name {name!a}: group:name is allowed")
-
     def statistic(self, name: str, function: Callable[[], Any]) -> None:
         """Have `group:name` show what FUNCTION returns whenever somebody asks."""
-        self._check_statistic(name)
         if name in self.statistics:
             raise ParameterError(f"statistic name {name!a}: there is one already")
-        self.statistics[name] = function
+        self._add_statistic(name, function)
+
+    def _add_statistic(self, name: str, function: Callable[[], Any]) -> Callable[[], Any]:
+        """Give the statistic of this name: FUNCTION where there was none."""
+        group, _, rest = name.partition(":")
+        if not (group and rest):
+            raise ParameterError(f"statistic name {name!a}: group:name is allowed")
+        return self.statistics.setdefault(name, function)
 
     def include(self, other: Interface) -> None:
         """Take over the commands and statistics of OTHER that are not the core's."""
@@ -1348,7 +1340,9 @@ class Interface:
     def use_counters(self, make: Callable[[], Counter]) -> None:
         """Count the service's own statistics with what MAKE makes, always asked in the same order."""
         self.statistics.update({f"mi_datagram:{kind}": make() for kind in (*COUNTERS, *FAULTS)})
-        self.statistics["mi_datagram:threads"] = _count_threads
+        self.statistics["mi_datagram:threads"] = lambda: sum(
+            [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
+        )
         self.count_request = self.counter("mi_datagram:requests").add  # these two in every request, so looked up here
         self.count_reply = self.counter("mi_datagram:replies").add
 
