@@ -1437,22 +1437,22 @@ class _Core:
 
     def get_statistics(self, *names: Any, statistics: Any = ()) -> Any:
         """Tell the statistics called `group:name` or `name`, those of a `group:`, or `all`."""
-        return {name: self._value(name) for name in self._select(names, statistics)}
+        return {name: self._value(name, statistic) for name, statistic in self._select(names, statistics).items()}
 
     def reset_statistics(self, *names: Any, statistics: Any = ()) -> None:
         """Count from zero again what get_statistics tells for the same names."""
-        for name in self._select(names, statistics):
-            self._reset(name)
+        for statistic in self._select(names, statistics).values():
+            if isinstance(statistic, Counter):
+                statistic.reset()
 
     def clear_statistics(self, *names: Any, statistics: Any = ()) -> Any:
         """Tell the statistics and count them from zero again."""
         values = self.get_statistics(*names, statistics=statistics)
-        for name in values:
-            self._reset(name)
+        self.reset_statistics(*names, statistics=statistics)
         return values
 
-    def _select(self, names: Sequence[Any], more: Any) -> list[str]:
-        """List the full names that are meant; OpenSIPS's clients send them in one list."""
+    def _select(self, names: Sequence[Any], more: Any) -> dict[str, Callable[[], Any]]:
+        """Give the statistics that are meant, by their full names; OpenSIPS's clients send these in one list."""
         wanted: list[Any] = []
         for name in (*names, more):
             wanted += name if isinstance(name, (list, tuple)) else [name]
@@ -1466,19 +1466,14 @@ class _Core:
         selected = [full for name in dict.fromkeys(map(str, wanted)) for full in by_name.get(name, ())]
         if not selected:
             raise CommandError(404, "Statistics Not Found")
-        return list(dict.fromkeys(selected))
+        return {full: self._interface.statistics[full] for full in selected}
 
-    def _value(self, name: str) -> Any:
+    def _value(self, name: str, statistic: Callable[[], Any]) -> Any:
         try:
-            return self._interface.statistics[name]()
+            return statistic()
         except Exception as error:
             _note(logging.ERROR, "statistic %a failed", name, error=error)
             return None
-
-    def _reset(self, name: str) -> None:
-        statistic = self._interface.statistics[name]
-        if isinstance(statistic, Counter):
-            statistic.reset()
 
 
 # ------------------------------------------------------------------- access ----
