@@ -449,34 +449,29 @@ def format_reply(reply: Any = None, indent: str = "\t") -> bytes:
 
 def _format_nodes(data: Any, depth: str, indent: str, lines: list[str]) -> None:
     """Append the lines of DATA, each with its line break."""
+    if data is None:
+        return
     if data.__class__ is dict or _container(data.__class__) is dict:
-        for name, value in data.items():
-            if value.__class__ is str and name.__class__ is str and name:
-                lines.append(f"{depth}{name}:: {value}\n")
-            else:
-                _format_node(_text(name), value, depth, indent, lines)
-    elif _container(data.__class__) is list:
-        for value in data:
-            _format_node("", value, depth, indent, lines)
-    elif data is not None:
-        _format_node("", data, depth, indent, lines)
-
-
-def _format_node(name: str, data: Any, depth: str, indent: str, lines: list[str]) -> None:
-    attributes = ""
-    below: tuple[Any, ...] = ()
-    if isinstance(data, Node):
-        if name and data.name is not None:  # a node with a name of its own stands below
-            data = Node(children=[data])
-        name = name or data.name or ""
-        attributes = "".join([f" {key}={_text(value)}" for key, value in data.attributes.items()])
-        data, below = data.value, (data.children,)
-    if _container(data.__class__):
-        data, below = None, (data, *below)
-    label = f"{name}:: " if name else ""
-    lines.append(f"{depth}{label}{_text(data)}{attributes}\n")
-    for nodes in below:
-        _format_nodes(nodes, depth + indent, indent, lines)
+        pairs = data.items()
+    else:
+        pairs = [("", value) for value in (data if _container(data.__class__) else [data])]
+    for name, value in pairs:
+        if value.__class__ is str and name.__class__ is str and name:
+            lines.append(f"{depth}{name}:: {value}\n")
+            continue
+        name, attributes, below = _text(name), "", []
+        if isinstance(value, Node):
+            if name and value.name is not None:  # a node with a name of its own stands below
+                value = Node(children=[value])
+            name = name or value.name or ""
+            attributes = "".join([f" {key}={_text(one)}" for key, one in value.attributes.items()])
+            value, below = value.value, [value.children]
+        if _container(value.__class__):
+            value, below = None, [value, *below]
+        label = f"{name}:: " if name else ""
+        lines.append(f"{depth}{label}{_text(value)}{attributes}\n")
+        for nodes in below:
+            _format_nodes(nodes, depth + indent, indent, lines)
 
 
 def parse_reply(data: bytes) -> Reply:
