@@ -736,8 +736,6 @@ class Counter:
 class Deferred:
     """A reply that comes later, once, from any thread; made by Request.defer."""
 
-    __slots__ = ("_finish", "_once", "deadline")
-
     def __init__(self, timeout: float, once: threading.Lock, finish: Callable[[Any], None]) -> None:
         self.deadline = time.monotonic() + timeout / 1000
         self._once = once  # whoever gets it answers; the Deferreds of one call share it
@@ -1489,8 +1487,7 @@ def allow_networks(*networks: str) -> Authorize:
     @functools.lru_cache(maxsize=1024)
     def is_allowed(host: str) -> bool:
         address = ipaddress.ip_address(host.partition("%")[0])
-        if isinstance(address, ipaddress.IPv6Address):
-            address = address.ipv4_mapped or address
+        address = getattr(address, "ipv4_mapped", None) or address
         return any([address in network for network in allowed])
 
     def authorize(peer: Peer, command: str) -> bool:
