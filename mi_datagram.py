@@ -763,8 +763,7 @@ class _Deadlines:
     def __init__(self) -> None:
         self._change = threading.Condition()
         self._open: set[Deferred] = set()
-        self._next = 0.0  # when the thread wakes up by itself
-        self._running = False
+        self._next = math.inf  # when the thread wakes up by itself; never: there is none
         self._pid = os.getpid()
 
     def add(self, deferred: Deferred) -> None:
@@ -772,10 +771,10 @@ class _Deadlines:
             self.__init__()  # type: ignore[misc] # forked: the thread, and what it waits for, is the parent's
         with self._change:
             self._open.add(deferred)
-            if not self._running:
-                threading.Thread(target=self._run, name="mi_datagram deadlines", daemon=True).start()
-                self._running = True
-            elif deferred.deadline < self._next:
+            if deferred.deadline < self._next:
+                if self._next == math.inf:
+                    threading.Thread(target=self._run, name="mi_datagram deadlines", daemon=True).start()
+                self._next = deferred.deadline
                 self._change.notify()
 
     def discard(self, deferred: Deferred) -> None:
@@ -793,10 +792,9 @@ class _Deadlines:
                 now = time.monotonic()
                 late = [deferred for deferred in self._open if deferred.deadline <= now]
                 if not late:
-                    if not self._open:
-                        self._running = False
+                    self._next = min([deferred.deadline for deferred in self._open], default=math.inf)
+                    if self._next == math.inf:
                         return
-                    self._next = min([deferred.deadline for deferred in self._open])
                     self._change.wait(min(self._next - now, threading.TIMEOUT_MAX))
                 self._open.difference_update(late)
             for deferred in late:
