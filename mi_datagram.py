@@ -65,30 +65,10 @@ if TYPE_CHECKING:
     import argparse
 
 __all__ = [
-    "Client",
-    "CommandError",
-    "Counter",
-    "Deferred",
-    "Error",
-    "Handler",
-    "Interface",
-    "NoAnswer",
-    "Node",
-    "ParameterError",
-    "Peer",
-    "Reply",
-    "Request",
-    "RequestError",
-    "SocketError",
-    "UDPServer",
-    "UnixServer",
-    "allow_networks",
-    "allow_users",
-    "format_reply",
-    "format_request",
-    "parse_reply",
-    "parse_request",
-]
+    "Client", "CommandError", "Counter", "Deferred", "Error", "Handler", "Interface", "NoAnswer", "Node",
+    "ParameterError", "Peer", "Reply", "Request", "RequestError", "SocketError", "UDPServer", "UnixServer",
+    "allow_networks", "allow_users", "format_reply", "format_request", "parse_reply", "parse_request",
+]  # fmt: skip
 __version__ = "1.0"
 
 log = logging.getLogger("mi_datagram")
@@ -1142,20 +1122,9 @@ def _failure(name: str, error: BaseException) -> CommandError:
 
 # Beside FAULTS, what is counted in the statistics of the group mi_datagram.
 COUNTERS = (
-    "requests",
-    "replies",
-    "command_errors",
-    "retransmissions",
-    "dropped_denied",
-    "dropped_errors",
-    "dropped_gone",
-    "dropped_unbound",
-    "dropped_unread",
-    "handler_errors",
-    "receive_errors",
-    "thread_errors",
-)
-
+    "requests", "replies", "command_errors", "retransmissions", "dropped_denied", "dropped_errors", "dropped_gone",
+    "dropped_unbound", "dropped_unread", "handler_errors", "receive_errors", "thread_errors",
+)  # fmt: skip
 
 _F = typing.TypeVar("_F", bound=Callable[..., Any])
 _on_loop = contextvars.ContextVar("_on_loop", default=False)  # whether it is an `async def` command that runs
