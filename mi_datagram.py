@@ -1714,7 +1714,7 @@ class _Serving(socketserver.BaseServer):
     _close_at_end = False
     _leader = 0
     _leader_polls = False
-    _watcher: threading.Thread | None = None
+    _watcher = 0  # the ident of the thread that watches
     _watcher_sleeps = False
     _wake: tuple[int, int] | None = None  # a pipe: written to at the end
     _spares = 0
@@ -1754,7 +1754,7 @@ class _Serving(socketserver.BaseServer):
         self._lock = threading.RLock()
         self._vacancy = threading.Condition(self._lock)  # here spares wait for the lead
         self._change = threading.Condition(self._lock)  # here the watcher waits, and who waits for the end
-        self._workers: set[threading.Thread] = set()
+        self._workers: set[int | None] = set()  # their idents
         self._waiting: set[Any] = set()  # the clients that a reply waits for
         self._at_work: dict[Any, Handler] = {}  # worker or Deferred -> the handler whose request it works on
         self._by_datagram: dict[Any, Handler] = {}  # such a handler by its datagram and peer
@@ -1794,9 +1794,8 @@ class _Serving(socketserver.BaseServer):
     def start(self: _S) -> _S:
         """Serve in the background; return once serving."""
         self._begin()
-        self._watcher = threading.Thread(target=self._serve, args=(0.5,), name="mi_datagram", daemon=True)
         try:
-            self._watcher.start()
+            threading.Thread(target=self._serve, args=(0.5,), name="mi_datagram", daemon=True).start()
         except RuntimeError:
             self._ask_to_end()
             self._drain()
@@ -1815,7 +1814,6 @@ class _Serving(socketserver.BaseServer):
                 self._change.wait_for(lambda: self._state in ("idle", "closed"))
                 return
             self._begin()
-            self._watcher = threading.current_thread()
         self._serve(poll_interval)
 
     def _begin(self) -> None:
@@ -1834,6 +1832,7 @@ class _Serving(socketserver.BaseServer):
                 raise Error("no thread could be started")
 
     def _serve(self, poll_interval: float) -> None:
+        self._watcher = get_ident()
         try:
             self._watch(poll_interval)
         finally:
@@ -1860,7 +1859,7 @@ class _Serving(socketserver.BaseServer):
             with self._change:
                 for descriptor in self._wake or ():
                     os.close(descriptor)
-                self._wake = self._watcher = None
+                self._wake, self._watcher = None, 0
                 self._state = "idle"
                 if self._close_at_end:
                     self._close()
@@ -1876,10 +1875,8 @@ class _Serving(socketserver.BaseServer):
         if self._pid != os.getpid():
             return
         self._ask_to_end()
-        me = get_ident()
         with self._change:
-            threads = [self._watcher, *self._workers]
-            if not (_on_loop.get() or me in [thread.ident for thread in threads if thread is not None]):
+            if not (_on_loop.get() or get_ident() in (self._watcher, *self._workers)):
                 self._change.wait_for(lambda: self._state != "stopping")
 
     def stop(self) -> None:
@@ -1923,33 +1920,29 @@ class _Serving(socketserver.BaseServer):
 
     def _spawn(self, target: Callable[..., None], *arguments: Any) -> bool:
         """Start a worker; False if there are too many, or no thread can be had."""
-
-        def run() -> None:
-            try:
-                target(*arguments)
-            finally:
-                self._leave(worker)
-
-        worker = threading.Thread(target=run, name="mi_datagram worker", daemon=True)
+        worker = threading.Thread(target=self._run, args=(target, *arguments), name="mi_datagram worker", daemon=True)
         with self._lock:
             if len(self._workers) >= self._max_workers:
                 return False
-            self._workers.add(worker)
             try:
                 worker.start()
             except (RuntimeError, MemoryError) as error:
-                self._workers.discard(worker)
                 self.interface.count("thread_errors")
                 _note(logging.ERROR, "no thread could be started: %a", str(error))
                 return False
+            self._workers.add(worker.ident)
         return True
 
-    def _leave(self, worker: threading.Thread) -> None:
-        with self._lock:
-            self._workers.discard(worker)
-            self._end_work(worker)
-            if self._leader in (worker.ident, 0):  # it died of an error, or it is the thread that was wanting
-                self._hand_over()
+    def _run(self, target: Callable[..., None], *arguments: Any) -> None:
+        me = get_ident()
+        try:
+            target(*arguments)
+        finally:
+            with self._lock:
+                self._workers.discard(me)
+                if self._leader in (me, 0):  # it died of an error, or it is the thread that was wanting
+                    self._hand_over()
+                self._end_work(me)
 
     def _work(self) -> None:
         me = get_ident()
@@ -1961,18 +1954,21 @@ class _Serving(socketserver.BaseServer):
                     self._poll_socket(me)
                     continue
                 except OSError as error:
-                    self._not_received(error)
+                    if self._state == "serving":
+                        self.interface.count("receive_errors")
+                        _note(logging.ERROR, "nothing could be received: %a", str(error))
+                        time.sleep(TICK)  # whatever it is, it may last
                     continue
                 try:
                     if self.verify_request(request, client_address):
                         self.process_request(request, client_address)
                 except BaseException:  # one request must not end the others
                     self.handle_error(request, client_address)
-            self._end_work(threading.current_thread())
 
     def _take_lead(self, me: int) -> bool:
-        """Become the leader, now or later; False if this thread is not needed any more."""
+        """Become the leader, now or later; False if this thread, which is done, is not needed any more."""
         with self._lock:
+            self._end_work(me)
             if self._leader and self._spares >= self._max_spares:
                 return False
             self._spares += 1
@@ -1982,8 +1978,10 @@ class _Serving(socketserver.BaseServer):
                 self._leader = me
             return self._leader == me
 
-    def _hand_over(self) -> None:
-        """Leave the lead to another thread; under the lock."""
+    def _hand_over(self, age: float = 0.0) -> None:
+        """Leave the lead to another thread, as the leader is at work, for AGE seconds already; under the lock."""
+        if self._leader and self.current:
+            self._begin_work(self._leader, self.current, age)
         self._leader = 0
         if self._state == "serving":
             if self._spares:
@@ -1995,8 +1993,6 @@ class _Serving(socketserver.BaseServer):
         """Have another thread receive while this one waits."""
         with self._lock:
             if self._leader == get_ident():
-                if self.current is not None:
-                    self._begin_work(threading.current_thread(), self.current)
                 self._hand_over()
 
     def _poll_socket(self, me: int) -> None:
@@ -2017,45 +2013,34 @@ class _Serving(socketserver.BaseServer):
         """Hand over for a leader that is in one request for a whole TICK, until the end."""
         acts = type(self).service_actions is not socketserver.BaseServer.service_actions
         seen: Any = None
-        quiet = vacant = 0
+        ticks = 0  # since anything changed
         while True:
             with self._lock:
-                self._watcher_sleeps = quiet >= QUIET_TICKS
-                if self._watcher_sleeps:
-                    self._change.wait(poll_interval if acts else None)
-                elif self._state == "serving":
-                    self._change.wait(TICK)
                 if self._state != "serving":
                     return
+                self._watcher_sleeps = ticks >= QUIET_TICKS
+                self._change.wait((poll_interval if acts else None) if self._watcher_sleeps else TICK)
                 now = self.current, self._leader_polls  # both, as a datagram that came has no handler yet
                 if now != seen:
-                    seen, quiet = now, 0
-                elif self._leader_polls:
-                    quiet += 1
-                elif self._leader:
-                    self._overtake()
-                else:  # no thread could be had, or all are busy
-                    quiet, vacant = 0, vacant + 1
-                    if vacant % QUIET_TICKS == 0:
+                    seen, ticks = now, 0
+                elif self._leader and not self._leader_polls:
+                    if self.current and self.current.command:
+                        self.current.command.slow = True
+                    self._hand_over(TICK)
+                else:
+                    ticks += 1
+                    if not self._leader and ticks == QUIET_TICKS:  # no thread could be had, or all are busy
+                        ticks = 0
                         self._hand_over()
-            if acts:
+            if acts and self._state == "serving":
                 self.service_actions()
 
-    def _overtake(self) -> None:
-        leader = next((worker for worker in self._workers if worker.ident == self._leader), None)
-        if self.current is not None and leader is not None:
-            if self.current.command is not None:
-                self.current.command.slow = True
-            self._begin_work(leader, self.current)
-            self.current.since -= TICK  # so long has it been at work already
-        self._hand_over()
-
-    def _begin_work(self, owner: Any, handler: Handler) -> None:
+    def _begin_work(self, owner: Any, handler: Handler, age: float = 0.0) -> None:
         """Remember that a worker or a Deferred still works on the request of HANDLER."""
         with self._lock:
             self._at_work[owner] = handler
             handler.at_work += 1
-            handler.since = time.monotonic()
+            handler.since = time.monotonic() - age
             if self._by_datagram.setdefault(handler.key, handler).answered:
                 self._by_datagram[handler.key] = handler
 
@@ -2080,12 +2065,6 @@ class _Serving(socketserver.BaseServer):
         self.interface.count("handler_errors")
         _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
 
-    def _not_received(self, error: OSError) -> None:
-        if self._state == "serving":
-            self.interface.count("receive_errors")
-            _note(logging.ERROR, "nothing could be received: %a", str(error))
-            time.sleep(TICK)  # whatever it is, it may last
-
     def _send_reply(self, reply: bytes, address: Any) -> None:
         """Send from the bound socket; wait for the client only where another thread receives meanwhile."""
         try:
@@ -2100,7 +2079,7 @@ class _Serving(socketserver.BaseServer):
             self.interface.count("dropped_unbound")
         elif not isinstance(error, BlockingIOError):
             self._lost(address, error)
-        elif threading.current_thread() in self._workers or self._state == "idle":
+        elif get_ident() in self._workers or self._state == "idle":
             self._deliver(reply, address)
         elif not self._spawn(self._deliver, reply, address):  # a late reply's thread may not wait
             self._lost(address, error)
