@@ -2052,7 +2052,8 @@ class _Serving(socketserver.BaseServer):
                 handler.at_work -= 1
                 if not handler.at_work and self._by_datagram.get(handler.key) is handler:
                     del self._by_datagram[handler.key]
-            self._change.notify_all()
+            if self._state != "serving":  # else only the watcher would be woken, before its TICK is over
+                self._change.notify_all()
 
     # ---- one datagram
 

@@ -2492,6 +2492,20 @@ def test_long_queue_of_quick_commands_stays_on_one_thread(folder, monkeypatch):
     assert len(set(ran)) == 1 and not mi.commands["where"].slow
 
 
+def test_end_of_other_commands_is_no_tick(name, monkeypatch):
+    """A command within its tick is not taken for slow, however many others come to their end meanwhile."""
+    monkeypatch.setattr(mi_datagram, "TICK", 0.4)
+    mi = interface()
+    runs, go = blocking(mi)
+    mi.commands["block"].slow = True  # so it makes way at once
+    mi.command(lambda: go.set() or pause(0.1), name="quick")
+    with serving(mi, name) as server, client_socket(server) as slow, client_socket(server) as sock:
+        for number in range(8):
+            slow.sendto(b":block:\n%d\n" % number, server.server_address)
+        wait_until(lambda: len(runs) == 8)
+        assert ask(server, b":quick:\n", sock) == b"200 OK\n" and not mi.commands["quick"].slow
+
+
 def block_in_command(mi, server, go):
     """Block 5 requests in their command; give the sockets, and the reply that they wait for."""
     socks = [client_socket(server) for _ in range(5)]
