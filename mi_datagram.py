@@ -1716,7 +1716,7 @@ class _Serving(socketserver.BaseServer):
     _leader_polls = False
     _watcher = 0  # the ident of the thread that watches
     _watcher_sleeps = False
-    _wake: tuple[int, int] | None = None  # a pipe: written to at the end
+    _wake: tuple[int, int]  # a pipe: written to at the end
     _spares = 0
 
     def __init__(
@@ -1793,11 +1793,11 @@ class _Serving(socketserver.BaseServer):
 
     def start(self: _S) -> _S:
         """Serve in the background; return once serving."""
-        self._begin()
+        if not self._begin():
+            raise Error(f"this server is {self._state}")
         try:
             threading.Thread(target=self._serve, args=(0.5,), name="mi_datagram", daemon=True).start()
         except RuntimeError:
-            self._ask_to_end()
             self._drain()
             raise
         return self
@@ -1807,36 +1807,34 @@ class _Serving(socketserver.BaseServer):
 
         A subclass's service_actions is called every POLL_INTERVAL seconds.
         """
-        if self._pid != os.getpid():
-            self._begin()  # which refuses
-        with self._change:
-            if self._state in ("serving", "stopping") or self._close_at_end:
+        if self._begin():
+            self._serve(poll_interval)
+        else:
+            with self._change:
                 self._change.wait_for(lambda: self._state in ("idle", "closed"))
-                return
-            self._begin()
-        self._serve(poll_interval)
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """Have a thread receive; False if this server is not idle."""
         if self._pid != os.getpid():  # before the lock, which a thread that was not forked may hold
             raise Error(f"this server belongs to process {self._pid}: make one after the fork")
         with self._lock:
             if self._state != "idle":
-                raise Error(f"this server is {self._state}")
+                return False
             self._wake = os.pipe()
             self._poll = select.poll()
             self._poll.register(self.socket, select.POLLIN)
             self._poll.register(self._wake[0], select.POLLIN)
             self._state = "serving"
-            if not self._spawn(self._work):
-                self._drain()
-                raise Error("no thread could be started")
+            if self._spawn(self._work):
+                return True
+        self._drain()
+        raise Error("no thread could be started")
 
     def _serve(self, poll_interval: float) -> None:
         self._watcher = get_ident()
         try:
             self._watch(poll_interval)
         finally:
-            self._ask_to_end()
             self._drain()
 
     def _ask_to_end(self) -> None:
@@ -1846,10 +1844,11 @@ class _Serving(socketserver.BaseServer):
                 self._leader = 0
                 self._vacancy.notify_all()
                 self._change.notify_all()
-                os.write(self._wake[1], b".")  # type: ignore[index] # never read: every poll is to see it
+                os.write(self._wake[1], b".")  # never read: every poll is to see it
 
     def _drain(self) -> None:
-        """Let what runs finish and reply, for socket_timeout; drop the rest."""
+        """Let what runs finish and reply, for drain_time; drop the rest."""
+        self._ask_to_end()
         try:
             with self._change:
                 self._change.wait_for(lambda: not (self._workers or self._at_work), self.drain_time)
@@ -1857,9 +1856,9 @@ class _Serving(socketserver.BaseServer):
             self.interface.deadlines.settle()
         finally:  # after a second Ctrl-C too
             with self._change:
-                for descriptor in self._wake or ():
+                for descriptor in self._wake:
                     os.close(descriptor)
-                self._wake, self._watcher = None, 0
+                self._watcher = 0
                 self._state = "idle"
                 if self._close_at_end:
                     self._close()
@@ -1872,12 +1871,11 @@ class _Serving(socketserver.BaseServer):
 
     def shutdown(self) -> None:
         """End serve_forever and wait for it; in a thread of this server or a command on a loop, ask and return."""
-        if self._pid != os.getpid():
-            return
-        self._ask_to_end()
-        with self._change:
-            if not (_on_loop.get() or get_ident() in (self._watcher, *self._workers)):
-                self._change.wait_for(lambda: self._state != "stopping")
+        if self._pid == os.getpid():
+            with self._change:
+                self._ask_to_end()
+                if not (_on_loop.get() or get_ident() in (self._watcher, *self._workers)):
+                    self._change.wait_for(lambda: self._state != "stopping")
 
     def stop(self) -> None:
         """Take no more requests, let running commands reply, remove the socket file and close.
