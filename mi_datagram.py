@@ -83,7 +83,6 @@ UDP_PAYLOAD = 65507  # bytes that one IPv4 datagram can carry
 UNIX_PAYLOAD = 1 << 20  # bytes; beyond this a datagram needs memory in one piece that the kernel rarely has
 UNIX_PATH = 107  # bytes of a socket's path: sun_path less its final NUL
 SEND_BUFFER = 4 << 20  # bytes asked for: replies that no client has read yet are charged to it
-ASIDE_REPLIES = 4096  # replies before a send buffer that was full is tried again
 MAX_THREADS = 64  # threads of one server, the one that watches included
 SPARE_THREADS = 8  # idle threads kept for the next slow command
 TICK = 0.0025  # s; a request that takes longer is slow: another thread receives meanwhile
@@ -1756,6 +1755,8 @@ class _Serving(socketserver.BaseServer):
         self._change = threading.Condition(self._lock)  # here the watcher waits, and who waits for the end
         self._workers: set[int | None] = set()  # their idents
         self._waiting: set[Any] = set()  # the clients that a reply waits for
+        self._relief: Socket | None = None  # a second socket, from the first time that our send buffer was full
+        self._aside: Socket | None = None  # it, where replies go first until the next tick, as a failed try costs most
         self._at_work: dict[Any, Handler] = {}  # worker or Deferred -> the handler whose request it works on
         self._by_datagram: dict[Any, Handler] = {}  # such a handler by its datagram and peer
         if not (MSG_DONTWAIT and hasattr(select, "poll")):
@@ -1903,6 +1904,8 @@ class _Serving(socketserver.BaseServer):
         self._state = "closed"
         self.remove_file()  # first: while the socket lives no other file has its inode
         self.socket.close()
+        if self._relief is not None:
+            self._relief.close()
 
     def __enter__(self: _S) -> _S:
         return self.start()
@@ -2018,6 +2021,7 @@ class _Serving(socketserver.BaseServer):
                     return
                 self._watcher_sleeps = ticks >= QUIET_TICKS
                 self._change.wait((poll_interval if acts else None) if self._watcher_sleeps else TICK)
+                self._aside = None
                 now = self.current, self._leader_polls  # both, as a datagram that came has no handler yet
                 if now != seen:
                     seen, ticks = now, 0
@@ -2066,36 +2070,33 @@ class _Serving(socketserver.BaseServer):
 
     def _send_reply(self, reply: bytes, address: Any) -> None:
         """Send from the bound socket; wait for the client only where another thread receives meanwhile."""
+        aside = self._aside
+        sock = self.socket if aside is None else aside
         try:
-            self.socket.sendto(reply, MSG_DONTWAIT, address)
+            sock.sendto(reply, MSG_DONTWAIT, address)
         except (OSError, TypeError) as error:
-            self._not_sent(reply, address, error)
+            if aside is not None:  # a connected client, or one whose queue is full: the usual way
+                self._aside = None
+                self._send_reply(reply, address)
+            elif not isinstance(error, BlockingIOError):
+                self._lost(address, error)
+            elif get_ident() in self._workers or self._state == "idle":
+                self._deliver(reply, address)
+            elif not self._spawn(self._deliver, reply, address):  # a late reply's thread may not wait
+                self._lost(address, error)
         else:
             self.service.interface.count_reply()
-
-    def _not_sent(self, reply: bytes, address: Any, error: Exception) -> None:
-        if not address:
-            self.interface.count("dropped_unbound")
-        elif not isinstance(error, BlockingIOError):
-            self._lost(address, error)
-        elif get_ident() in self._workers or self._state == "idle":
-            self._deliver(reply, address)
-        elif not self._spawn(self._deliver, reply, address):  # a late reply's thread may not wait
-            self._lost(address, error)
 
     def _deliver(self, reply: bytes, address: Any) -> None:
         """Send a reply that was not taken at once."""
         try:
-            self._send_patiently(reply, address)
+            self._send_patiently(reply, address, self.socket)
         except OSError as error:
             self._lost(address, error)
         else:
             self.service.interface.count_reply()
 
-    def _send_patiently(self, reply: bytes, address: Any) -> None:
-        self._send_in_turn(self.socket, reply, address)
-
-    def _send_in_turn(self, sock: Socket, reply: bytes, address: Any) -> None:
+    def _send_patiently(self, reply: bytes, address: Any, sock: Socket) -> None:
         """Send within socket_timeout, one reply a client at a time."""
         with self._lock:
             if not self._timeout or address in self._waiting or len(self._waiting) >= (self._max_workers + 1) // 2:
@@ -2109,6 +2110,9 @@ class _Serving(socketserver.BaseServer):
                 self._waiting.discard(address)
 
     def _lost(self, address: Any, error: Exception) -> None:
+        if not address:
+            self.interface.count("dropped_unbound")
+            return
         kind, hint = LOST.get(getattr(error, "errno", 0), ("dropped_errors", ""))
         self.interface.count(kind)
         _note(logging.WARNING, "reply to %a dropped: %s%s", address, error, hint and f" ({hint})")
@@ -2197,8 +2201,6 @@ else:
 class UnixServer(_Serving, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
-    _aside: Socket | None = None
-    _aside_left = 0
     _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
@@ -2250,52 +2252,30 @@ class UnixServer(_Serving, _UnixBase):
                 _close_descriptors(kind, value)
         return (data, sock, credentials), address
 
-    def _send_patiently(self, reply: bytes, address: Any) -> None:
+    def _send_patiently(self, reply: bytes, address: Any, sock: Socket) -> None:
         """Send from a socket of its own: replies that nobody reads are charged to the sender's.
 
         A client that is connected takes replies from the bound socket only, and has no limit
         of its own: that ours is full is the only reason to wait for it, which could be forever.
         """
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as aside:
-            self._prepare_to_send(aside)
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            self._prepare_to_send(sock)
             try:
-                aside.sendto(reply, MSG_DONTWAIT, address)
+                sock.sendto(reply, MSG_DONTWAIT, address)
             except BlockingIOError:
-                self._send_in_turn(aside, reply, address)
+                super()._send_patiently(reply, address, sock)
             except PermissionError as error:
                 if error.errno == errno.EPERM:
                     raise BlockingIOError(errno.EAGAIN, "our send buffer is full") from None
                 raise
             else:
-                with contextlib.suppress(OSError):  # no descriptor for it; this reply is out all the same
-                    self._go_aside()
-
-    def _go_aside(self) -> None:
-        """Send the next replies from a second socket first: our own buffer is full, and a failed try costs most."""
-        with self._lock:
-            if self._aside is None:
-                self._aside = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                self._prepare_to_send(self._aside)
-            self._aside_left = ASIDE_REPLIES
-            self.__dict__["_send_reply"] = self._send_aside  # in place of the method, which so costs nothing otherwise
-
-    def _send_aside(self, reply: bytes, address: Any) -> None:
-        self._aside_left -= 1
-        try:
-            if self._aside_left < 0 or self._aside is None:
-                self.__dict__.pop("_send_reply", None)
-                raise BlockingIOError
-            self._aside.sendto(reply, MSG_DONTWAIT, address)
-        except (OSError, TypeError):  # a connected client, or one whose queue is full: the usual way
-            type(self)._send_reply(self, reply, address)
-        else:
-            self.service.interface.count_reply()
-
-    def _close(self) -> None:
-        super()._close()
-        self.__dict__.pop("_send_reply", None)
-        if self._aside is not None:
-            self._aside.close()
+                with self._lock:
+                    if self._relief is None:
+                        self._relief = sock
+                        stack.pop_all()  # which leaves it open
+                    if self._state == "serving":  # so there is somebody to end it
+                        self._aside = self._relief
 
 
 for _kind in (UDPServer, UnixServer):
