@@ -1690,7 +1690,7 @@ class _Serving(socketserver.BaseServer):
        `_lock`, and only a thread itself becomes the leader (`_take_lead`).
     2. A leader stops being one by `_hand_over`, which leaves the lead vacant and sees to it that
        somebody takes it: a spare thread, or else a new one, or else, at `max_threads`, whichever
-       is done first (`_take_lead`, `_leave`). Nobody is waited for. While the lead is vacant the
+       is done first (`_take_lead`, `_run`). Nobody is waited for. While the lead is vacant the
        watcher tries again, as what keeps a thread from starting may pass.
     3. Who hands over: the watcher, when the leader is in the same request for a whole TICK; the
        leader itself, before a command that was slow last time and before a reply that must wait.
