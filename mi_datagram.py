@@ -1663,10 +1663,9 @@ def _naming(socket_name: str, what: str = "") -> typing.Iterator[None]:
     """Make of an OSError one that names the socket, and WHAT could not be done."""
     try:
         yield
-    except SocketError:
-        raise
-    except OSError as error:
-        raise SocketError(f"socket_name {socket_name!a}: {what}{error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SocketError(f"socket_name {socket_name!a}: {what}{reason}") from None
 
 
 # Why a reply was lost, by the error that says so: the statistic, and a hint for the log.
@@ -2184,10 +2183,8 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
 
 def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
     """Resolve (host, port) to a family and an address, IPv4 first, as the original does."""
-    try:
+    with _naming(_udp_name(name)):
         found = socket.getaddrinfo(*name, type=socket.SOCK_DGRAM)
-    except (OSError, UnicodeError) as error:
-        raise SocketError(f"socket_name {_udp_name(name)!a}: {getattr(error, 'strerror', None) or error}") from None
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     return family, address
 
@@ -2314,7 +2311,7 @@ def _locked_folder(path: str) -> typing.Iterator[None]:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno != errno.EACCES:
-            raise SocketError(f"socket_name {path!a}: folder {folder}: {error.strerror}") from None
+            raise OSError(error.errno, f"folder {folder}: {error.strerror}") from None
         yield  # a folder that we may write but not read
         return
     try:
@@ -2331,24 +2328,17 @@ def _locked_folder(path: str) -> typing.Iterator[None]:
 
 
 def _clear_path(path: str) -> None:
-    """Remove a dead socket at PATH; raise SocketError for anything else there."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(status.st_mode):
-        raise SocketError(f"socket_name {path!a}: there is something that is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
+    """Remove a dead socket at PATH; raise OSError for anything else there."""
+    with contextlib.suppress(FileNotFoundError):  # there is nothing, or not any more
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "there is something that is no socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            error = probe.connect_ex(path)
+        if error == errno.ECONNREFUSED:
             os.unlink(path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise SocketError(f"socket_name {path!a}: there is a socket in use ({error.strerror})") from None
-        else:
-            raise SocketError(f"socket_name {path!a}: a server listens there already")
+        elif error != errno.ENOENT:
+            what = f"a socket in use ({os.strerror(error)})" if error else "a server that listens already"
+            raise OSError(errno.EADDRINUSE, f"there is {what}")
 
 
 def _remove_file(path: str, ours: os.stat_result, pid: int) -> None:
