@@ -1659,13 +1659,13 @@ def _timeval(seconds: float) -> bytes:
 
 
 @contextlib.contextmanager
-def _naming(socket_name: str, what: str = "") -> typing.Iterator[None]:
-    """Make of an OSError one that names the socket, and WHAT could not be done."""
+def _naming(socket_name: str) -> typing.Iterator[None]:
+    """Make of an OSError one that names the socket."""
     try:
         yield
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise SocketError(f"socket_name {socket_name!a}: {what}{reason}") from None
+        raise SocketError(f"socket_name {socket_name!a}: {reason}") from None
 
 
 # Why a reply was lost, by the error that says so: the statistic, and a hint for the log.
@@ -1761,12 +1761,13 @@ class _Serving(socketserver.BaseServer):
         if not (MSG_DONTWAIT and hasattr(select, "poll")):
             raise SocketError("this system lacks MSG_DONTWAIT or poll")
         address = self._resolve(parse_socket_name(socket_name))
-        super().__init__(address, handler, listening is None)  # type: ignore[call-arg]
+        with _naming(socket_name):
+            super().__init__(address, handler, listening is None)  # type: ignore[call-arg]
         if listening is not None:
             self.socket.close()
             self.socket = listening
             self.server_address = listening.getsockname()
-        self._prepare(self.socket)
+        self._prepare()
 
     @property
     def interface(self) -> Interface:
@@ -1777,10 +1778,10 @@ class _Serving(socketserver.BaseServer):
         """Check that NAME is one for this class and give the address to bind."""
         raise NotImplementedError
 
-    def _prepare(self, sock: Socket) -> None:
-        """Set what every socket of ours has, bound here or passed in."""
-        sock.setblocking(True)
-        self._prepare_to_send(sock)
+    def _prepare(self) -> None:
+        """Set what the socket has, bound here or passed in."""
+        self.socket.setblocking(True)
+        self._prepare_to_send(self.socket)
 
     def _prepare_to_send(self, sock: Socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
@@ -2148,13 +2149,8 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
                 raise _wrong(unix, self.parameters[unix], "only a UNIX socket has one")
         return address
 
-    def server_bind(self) -> None:
-        with _naming(_udp_name(self.server_address)):
-            self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-
-    def _prepare(self, sock: Socket) -> None:
-        super()._prepare(sock)
+    def _prepare(self) -> None:
+        super()._prepare()
         host = self.server_address[0]
         if self.service.authorize is None and not (host == "::1" or host.startswith("127.")):  # type: ignore[arg-type]
             _note(logging.WARNING, "%s is open to everybody who reaches it: there is no authorize", self.socket_name)
@@ -2220,22 +2216,24 @@ class UnixServer(_Serving, _UnixBase):
         """
         path = self.socket_name
         values = self.parameters
-        with _naming(path), _locked_folder(path):
+        with _locked_folder(path):
             _clear_path(path)
             os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
             self.socket.bind(path)
             status = os.lstat(path)
         self._file = os.path.abspath(path), status
         self.remove_file = weakref.finalize(self, _remove_file, *self._file, os.getpid())
-        with _naming(path, "owner or mode cannot be set: "):
+        try:
             owner = [values["unix_socket_user"], values["unix_socket_group"]]
             os.chown(path, *[-1 if one is None else one for one in owner], follow_symlinks=False)  # -1: as it is
             _chmod_socket(path, status, values["unix_socket_mode"])
+        except OSError as error:
+            raise OSError(error.errno, f"owner or mode cannot be set: {error.strerror}") from None
 
-    def _prepare(self, sock: Socket) -> None:
-        super()._prepare(sock)
+    def _prepare(self) -> None:
+        super()._prepare()
         if SO_PASSCRED:
-            sock.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+            self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
 
     def get_request(self) -> Any:
         """Take a datagram without waiting: (data, socket, struct ucred of the peer), address."""

@@ -1940,6 +1940,17 @@ def test_symlink_put_in_the_place_of_the_socket(folder, monkeypatch):
     assert stat.S_IMODE(victim.stat().st_mode) == 0o600
 
 
+def test_no_descriptor_for_the_socket(name):
+    """Where the system gives a server no descriptor, that is an error that names the socket."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(mi_datagram.SocketError, match=f"{re.escape(name)}.*Too many open files"):
+            interface().server(name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_file_goes_before_the_socket(folder):
     """The file goes while the socket still lives, so that no file of another can have its inode by then."""
     class Closing:
