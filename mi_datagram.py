@@ -1649,6 +1649,7 @@ Socket = socket.socket  # by another name, as in the servers `socket` is an attr
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 SO_PASSCRED = getattr(socket, "SO_PASSCRED", 0)
 SO_SNDBUFFORCE = 32  # Linux: beyond net.core.wmem_max, for root
+SCM_RIGHTS = 1  # everywhere
 SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
 ANCILLARY = socket.CMSG_LEN(struct.calcsize(CREDENTIALS)) if SO_PASSCRED else 0  # no room for foreign descriptors
 
@@ -1707,7 +1708,6 @@ class _Serving(socketserver.BaseServer):
     socket: Socket
     current: Handler | None = None  # the one that the leader is in
     remove_file: Callable[[], object] = staticmethod(lambda: None)  # if there is one and it is still ours
-    _silent = False
     _state = "idle"  # then "serving", "stopping", "idle" or "closed"
     _close_at_end = False
     _leader = 0
@@ -1741,7 +1741,6 @@ class _Serving(socketserver.BaseServer):
             indent=values["reply_indent"],
             json_indent=values["reply_indent"] if values["pretty_printing"] else None,
             authorize=authorize,
-            silent=self._silent,
         )
         self._timeout: float = values["socket_timeout"] / 1000
         self.drain_time: float = max(self._timeout, SOCKET_TIMEOUT / 1000)  # s that stopping waits for what runs
@@ -1976,7 +1975,7 @@ class _Serving(socketserver.BaseServer):
             self._vacancy.wait_for(lambda: not self._leader)
             self._spares -= 1
             if self._state == "serving":
-                self._leader = me
+                self._leader, self.current = me, None
             return self._leader == me
 
     def _hand_over(self, age: float = 0.0) -> None:
@@ -2136,8 +2135,6 @@ _S = typing.TypeVar("_S", bound=_Serving)
 class UDPServer(_Serving, socketserver.ThreadingUDPServer):
     """Serves an Interface on `udp:HOST:PORT`, IPv4 or IPv6."""
 
-    _silent = True  # a refused peer, which may be forged, gets no reply
-
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if isinstance(name, str):
             raise _wrong("socket_name", name, "udp:HOST:PORT is allowed here")
@@ -2147,6 +2144,7 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
         for unix in ("unix_socket_user", "unix_socket_group"):
             if self.parameters[unix] is not None:
                 raise _wrong(unix, self.parameters[unix], "only a UNIX socket has one")
+        self.service.silent = True  # a refused peer, which may be forged, gets no reply
         return address
 
     def _prepare(self) -> None:
@@ -2243,8 +2241,9 @@ class UnixServer(_Serving, _UnixBase):
         for _, kind, value in ancillary:
             if kind == SCM_CREDENTIALS:
                 credentials = value
-            else:
-                _close_descriptors(kind, value)
+            elif kind == SCM_RIGHTS:  # which has no room there; should it get in all the same
+                for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
+                    os.close(descriptor)
         return (data, sock, credentials), address
 
     def _send_patiently(self, reply: bytes, address: Any, sock: Socket) -> None:
@@ -2275,13 +2274,6 @@ class UnixServer(_Serving, _UnixBase):
 
 for _kind in (UDPServer, UnixServer):
     _kind.__doc__ = "\n    ".join([f"{_kind.__doc__}\n", *[f"{name}: {_meaning(name)}" for name in PARAMETERS]])
-
-
-def _close_descriptors(kind: int, value: bytes) -> None:
-    """Close what a peer sent along, should any of it get in."""
-    if kind == getattr(socket, "SCM_RIGHTS", None):
-        for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
-            os.close(descriptor)
 
 
 def _chmod_socket(path: str, ours: os.stat_result, mode: int) -> None:
