@@ -2687,6 +2687,7 @@ class _Children:
             os.close(self.lifeline[1])
             signals = _Signals()
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent passes it on
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # before threads, and what they run, inherit it
             self.take_level()
             cells = iter(range(len(self.rows[0])))
             self.server.interface.use_counters(lambda: _SharedCounter(self.rows, index, next(cells)))
@@ -2698,7 +2699,6 @@ class _Children:
             except BaseException:
                 self.served[index] = 0
                 raise
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             # A process group, or systemd, sends a SIGTERM beside the parent's; the parent can SIGKILL.
             _serve_until_told(self.server, signals, on_hangup=self.take_level)
             status = 0

@@ -4221,6 +4221,16 @@ def test_signal_to_a_child_just_forked(folder):
         assert len(set(processes(folder / "s"))) == 3 and server.poll() is None
 
 
+@pytest.mark.parametrize("children", [1, 2])
+def test_signals_of_what_a_command_runs(folder, children):
+    """A program that a command starts has no signal blocked, so that it can be ended."""
+    (folder / "load.py").write_text(
+        "import subprocess\nfrom mi_datagram import Interface\nmi = Interface()\n@mi.command\ndef inner():\n"
+        "    return subprocess.run(['grep', 'SigBlk', '/proc/self/status'], capture_output=True).stdout.split()[1]\n")
+    with ops_process(folder, "--load", "load.py", "--children_count", children):
+        assert int(values(folder / "s", "inner")[0], 16) == 0
+
+
 def test_halted_child(folder):
     """A child that does not end when it is told to is killed, once it has had the time to; its file goes too."""
     (folder / "quick.py").write_text(
