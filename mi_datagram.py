@@ -2520,83 +2520,66 @@ def _tell_systemd(state: str) -> None:
 
 # ------------------------------------------------------------------ signals ----
 
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, name)
-]
+ENDING = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = [*ENDING, *[getattr(signal, name) for name in ("SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, name)]]
 
 
-class _Signals:
-    """The signals of this process, as bytes out of a pipe: one that comes just before the wait is not missed."""
-
-    def __init__(self) -> None:
-        self._reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
-        signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            if not (number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN):  # a script's `... &`
-                signal.signal(number, lambda *_: None)
-
-    def wait(self) -> int:
-        """Give the number of the next signal, or 0 at the end of what wake_after() was given."""
-        return os.read(self._reading, 1)[0]
-
-    def wake_after(self, work: Callable[[], object]) -> None:
-        work()
-        os.write(self._writing, b"\0")
+@contextlib.contextmanager
+def _holding_signals() -> typing.Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve_until_told(
-    server: UnixServer | UDPServer,
-    signals: _Signals,
-    on_hangup: Callable[[], object] = lambda: None,
-    on_second: Callable[[], object] = lambda: None,
-) -> None:
-    """Serve until SIGTERM or SIGINT; ON_HANGUP is for SIGHUP, ON_SECOND for when it is asked again."""
-    asked = False
-    while True:
-        number = signals.wait()
-        if number == 0:
-            return
-        if number in (signal.SIGTERM, signal.SIGINT):
-            if asked:
-                on_second()
-                continue
-            asked = True
-            _tell_systemd("STOPPING=1")
-            threading.Thread(target=lambda: signals.wake_after(server.stop), daemon=True).start()
-        elif number == signal.SIGHUP:
-            on_hangup()
+def _take_signals() -> typing.Iterator[int]:
+    """Take the signals of this process; give them out of a pipe, so that one just before the wait is not missed."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        if not (number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN):  # a script's `... &`
+            signal.signal(number, lambda *_: None)
+    return iter(lambda: os.read(reading, 1)[0], None)
+
+
+def _wait_until_told(signals: typing.Iterator[int], on_other: Callable[[int], object] = lambda number: False) -> None:
+    """Serve until SIGTERM or SIGINT, or until ON_OTHER, called with each other signal, says that it is the end."""
+    _tell_systemd("READY=1")
+    for number in signals:
+        if number in ENDING or on_other(number):
+            break
+    _tell_systemd("STOPPING=1")
 
 
 # ----------------------------------------------------------------- children ----
 
-NO_LEVEL = 99  # what no call of `debug` can set
-
 
 class _SharedCounter(Counter):
-    """Counts in cell INDEX of the row OWN, one of those of all children; the last row is for resets."""
+    """Counts in the cell OWN of COLUMN, which has one for each child; the last is for resets."""
 
-    def __init__(self, rows: list[Any], own: int, index: int) -> None:
-        self._rows, self._row, self._index = rows, rows[own], index
+    def __init__(self, column: Any, own: int) -> None:
+        self._column, self._own = column, own
         self._lock = threading.RLock()
 
     def add(self, amount: int = 1) -> None:
         with self._lock:
-            self._row[self._index] += amount
+            self._column[self._own] += amount
 
     def reset(self) -> None:
-        self._rows[-1][self._index] = -sum([int(row[self._index]) for row in self._rows[:-1]])
+        self._column[-1] = -sum(self._column[:-1])
 
     def __call__(self) -> int:
-        return sum([int(row[self._index]) for row in self._rows])
+        return int(sum(self._column))
 
 
 class _Children:
     """The parent of `children_count` processes that serve one socket.
 
     The parent forks them before any thread starts, supervises, and serves nothing. What they share
-    is a row of counters for each child and one for resets, then rows with each child's PID, with
-    whether it has served, and with the log level.
+    is a table with a row for each child, and one for all; its columns are the counters, the PID of
+    the child that serves, and the log level that `debug` set.
 
     They share the socket too, over UDP as well. With one SO_REUSEPORT socket each, throughput is
     the same, but the kernel deals out the peers: those of a child that computes wait for it
@@ -2607,77 +2590,67 @@ class _Children:
         import mmap
 
         self.server = server
+        self.count = count
         self.parent = os.getpid()
-        self.ending = False
+        self.pids: dict[int, int] = {}  # of the children that there are, by their index
         self.status = 0
-        width = max(len(COUNTERS) + len(FAULTS), count)
-        cells = memoryview(mmap.mmap(-1, 8 * width * (count + 4))).cast("q")
-        *self.rows, pids, served, self.level = [cells[i * width : (i + 1) * width] for i in range(count + 4)]
-        self.pids, self.served = pids[:count], served[:count]
-        self.level[0] = NO_LEVEL
+        width = len(COUNTERS) + len(FAULTS) + 2
+        cells = memoryview(mmap.mmap(-1, 8 * width * (count + 1))).cast("q")
+        *self.counters, self.serving, self.level = [cells[column::width] for column in range(width)]
         self.lifeline = os.pipe()  # its write end closes when the parent is gone
         server.interface.processes = self.processes
         server.interface.level_changed = self.spread_level
 
     def processes(self) -> list[tuple[int, str]]:
-        return [(self.parent, "attendant"), *[(pid, f"MI datagram child={i}") for i, pid in enumerate(self.pids)]]
+        children = [(pid, f"MI datagram child={i}") for i, pid in enumerate(self.serving[:-1])]
+        return [(self.parent, "attendant"), *children]
 
-    def run(self, signals: _Signals) -> int:
+    def run(self, signals: typing.Iterator[int]) -> int:
         """Fork the children, replace those that die, end with them; give the exit status."""
-        self.refill()
-        _tell_systemd("READY=1")
-        while any(self.pids) or not self.ending:
-            number = signals.wait()
-            if number == signal.SIGCHLD:
-                self.reap()
-            elif number == signal.SIGHUP:
-                self.kill(signal.SIGHUP)
-            elif number == signal.SIGALRM and self.ending:
+        self.look_after()
+        _wait_until_told(signals, self.look_after)
+        self.kill(signal.SIGTERM)
+        signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + 0.5)
+        while self.pids:
+            if next(signals) in (*ENDING, signal.SIGALRM):  # asked again, or they had their time
                 self.kill(signal.SIGKILL)
-            elif number == signal.SIGALRM:
-                self.refill()
-            else:
-                self.end()
+            self.reap()
         self.server.stop()
         return self.status
 
-    def reap(self) -> None:
-        """Look which children died, and see to another in the place of each."""
-        for index, pid in enumerate(self.pids):
-            ended, how = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
-            if not ended:
-                continue
-            self.pids[index] = 0
-            if not (self.served[index] or self.ending):
+    def look_after(self, number: int = 0) -> bool:
+        """Pass on a SIGHUP, and start the children that are missing; True if one ended before it could serve."""
+        if number == signal.SIGHUP:
+            self.kill(signal.SIGHUP)
+        for index, pid, how in self.reap():
+            if self.serving[index] != pid:
                 _say(f"child {index} ended before it could serve (wait status {how})")
                 self.status = 1
-                self.end()
-            elif not self.ending:
-                log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
-        if not self.ending:
-            self.refill()
+                return True
+            log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
+        for index in sorted({*range(self.count)} - self.pids.keys()):
+            try:
+                self.fork(index)
+            except OSError as error:
+                log.error("child %d cannot be started: %s", index, error.strerror)
+                signal.setitimer(signal.ITIMER_REAL, 1)  # to look again then
+        return False
 
-    def refill(self) -> None:
-        """Start the children that are missing; try again in a second where that is not possible."""
-        for index, pid in enumerate(self.pids):
-            if not pid:
-                try:
-                    self.fork(index)
-                except OSError as error:
-                    log.error("child %d cannot be started: %s", index, error.strerror)
-                    signal.setitimer(signal.ITIMER_REAL, 1)
+    def reap(self) -> list[tuple[int, int, int]]:
+        """List index, PID and wait status of the children that ended."""
+        waited = [(index, *os.waitpid(pid, os.WNOHANG)) for index, pid in self.pids.items()]
+        ended = [(index, pid, how) for index, pid, how in waited if pid]
+        for index, _, _ in ended:
+            del self.pids[index]
+        return ended
 
     def fork(self, index: int) -> None:
-        """Start the child INDEX; no signal gets to it before it has a pipe of its own."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            self.served[index] = 0
+        self.serving[index] = 0
+        with _holding_signals():  # none gets to the child before it has a pipe of its own
             pid = os.fork()
-            self.pids[index] = pid or os.getpid()
             if not pid:
                 self.child(index)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self.pids[index] = pid
 
     def child(self, index: int) -> typing.NoReturn:
         """Serve until the parent says so or is gone."""
@@ -2685,24 +2658,20 @@ class _Children:
         try:
             os.environ.pop("NOTIFY_SOCKET", None)  # the parent tells
             os.close(self.lifeline[1])
-            signals = _Signals()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent passes it on
+            signals = _take_signals()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # before threads, and what they run, inherit it
             self.take_level()
-            cells = iter(range(len(self.rows[0])))
-            self.server.interface.use_counters(lambda: _SharedCounter(self.rows, index, next(cells)))
+            counters = iter(self.counters)
+            self.server.interface.use_counters(lambda: _SharedCounter(next(counters), index))
             self.server.adopt()
             threading.Thread(target=self.watch_parent, name="mi_datagram lifeline", daemon=True).start()
-            self.served[index] = 1  # before its first reply, as it may be killed right after
-            try:
-                self.server.start()
-            except BaseException:
-                self.served[index] = 0
-                raise
-            # A process group, or systemd, sends a SIGTERM beside the parent's; the parent can SIGKILL.
-            _serve_until_told(self.server, signals, on_hangup=self.take_level)
+            self.serving[index] = os.getpid()  # before its first reply, as it may be killed right after
+            self.server.start()
+            _wait_until_told(signals, self.take_level)
+            self.server.stop()  # told again, as by the parent and a process group, it goes on; the parent can SIGKILL
             status = 0
         except BaseException as error:
+            self.serving[index] = 0
             _note(logging.ERROR, "child %d failed", index, error=error)
         finally:
             os._exit(status)
@@ -2718,28 +2687,18 @@ class _Children:
         os._exit(1)
 
     def kill(self, number: int) -> None:
-        for pid in self.pids:
-            if pid:
-                os.kill(pid, number)
-
-    def end(self) -> None:
-        """Have the children end: in their time at first, at once if asked again."""
-        if self.ending:
-            self.kill(signal.SIGKILL)
-        else:
-            self.ending = True
-            _tell_systemd("STOPPING=1")
-            self.kill(signal.SIGTERM)
-            signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + 0.5)
+        for pid in self.pids.values():
+            os.kill(pid, number)
 
     def spread_level(self, level: int) -> None:
         """Have every child take over the log level that `debug` set in this one."""
-        self.level[0] = level
+        self.level[-1] = DEBUG_LEVELS[level]
         os.kill(self.parent, signal.SIGHUP)
 
-    def take_level(self) -> None:
-        if self.level[0] != NO_LEVEL:
-            self.server.interface.logger.setLevel(DEBUG_LEVELS[self.level[0]])
+    def take_level(self, number: int = 0) -> None:
+        """Take over what `debug` set, if it did: at the start and at SIGHUP."""
+        if self.level[-1] and number in (0, signal.SIGHUP):
+            self.server.interface.logger.setLevel(self.level[-1])
 
 
 # ----------------------------------------------------------- modparam files ----
@@ -3031,8 +2990,8 @@ def _merged(loads: list[str]) -> Interface:
     return interface
 
 
-def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, _Signals, int]:
-    """Give the server, what takes the signals, and the number of children."""
+def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, typing.Iterator[int], int]:
+    """Give the server, the signals that come, and the number of children."""
     given = _collect(options.settings)
     listening = _passed_socket()
     if listening is not None:
@@ -3044,30 +3003,29 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, _
     children_count = parameters.pop("children_count")
     interface = _merged(options.load)
     authorize = _allowed(options.allow_network, options.allow_user, parse_socket_name(name))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is somebody to remove the file
-    try:
+    with _holding_signals():  # until there is somebody to remove the file
         server = interface.server(name, authorize=authorize, listening=listening, **parameters)
-        signals = _Signals()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signals = _take_signals()
     if is_default:
         _say(f"no socket_name given, using {DEFAULT_SOCKET}")
     _say(f"listening on {server.socket_name}")
     return server, signals, children_count
 
 
-def _serve(server: UnixServer | UDPServer, signals: _Signals, children_count: int) -> int:
+def _serve(server: UnixServer | UDPServer, signals: typing.Iterator[int], children_count: int) -> int:
     """Serve until SIGTERM, Ctrl-C or `kill`; give the exit status."""
     if children_count > 1:
         return _Children(server, children_count).run(signals)
+
+    def end_at_once_if_told_again() -> None:
+        if any(number in ENDING for number in signals):
+            server.remove_file()
+            os._exit(1)
+
     server.start()
-    _tell_systemd("READY=1")
-
-    def end_at_once() -> None:
-        server.remove_file()
-        os._exit(1)
-
-    _serve_until_told(server, signals, on_second=end_at_once)  # on SIGHUP there is nothing to read again
+    _wait_until_told(signals)
+    threading.Thread(target=end_at_once_if_told_again, daemon=True).start()
+    server.stop()
     return 0
 
 

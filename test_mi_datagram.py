@@ -2675,7 +2675,7 @@ def test_counter_from_many_threads(switching, of_children):
     """Counts from several threads at once all count, those of a child as well."""
     counter = interface().counter("test:hits")
     if of_children:
-        counter = mi_datagram._SharedCounter([[0, 0], [0, 0], [0, 0]], 1, 1)
+        counter = mi_datagram._SharedCounter([0, 0, 0], 1)
     in_threads(lambda: [counter.add() for _ in range(5000)], 4)
     assert counter() == 20000
 
