@@ -2704,9 +2704,9 @@ class _Children:
 # ----------------------------------------------------------- modparam files ----
 
 # Strings and comments are matched too, so that nothing inside them is taken for a line of ours.
-_MODPARAM = r"""(?P<comment> /\*.*?(?:\*/|\Z) | //[^\n]* | \#(?!!if)[^\n]*)
+_MODPARAM = r"""/\*.*?(?:\*/|\Z) | //[^\n]* | \#(?!!if)[^\n]*
       | (?P<condition> \#!if[^\n]*)
-      | modparam \s* \( \s* (["']) (?P<module>[^"'\n]*) \3 \s* , \s* (["']) (?P<name>\w+) \5 \s* ,
+      | modparam \s* \( \s* (["']) (?P<module>[^"'\n]*) \2 \s* , \s* (["']) (?P<name>\w+) \4 \s* ,
         \s* (?P<value> "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' | [^)\s]* ) \s* \)
       | "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*'
     """
@@ -2719,18 +2719,17 @@ def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
     skipped with a warning; raises ParameterError for a value that is no literal.
     """
     pairs: list[tuple[str, Any]] = []
-    conditions = False
-    for match in re.finditer(_MODPARAM, text, re.VERBOSE | re.DOTALL):
-        conditions = conditions or match["condition"] is not None
-        if match["module"] is None or "mi_datagram" not in match["module"].split("|"):
-            continue
+    matches = list(re.finditer(_MODPARAM, text, re.VERBOSE | re.DOTALL))
+    for match in matches:
         name, value = match["name"], match["value"]
-        if name != "socket_name" and name not in PARAMETERS:
-            _say(f"{file}: parameter {name} has no meaning here, skipped")
+        if not name or "mi_datagram" not in match["module"].split("|"):
             continue
-        line = text.count("\n", 0, match.start()) + 1
-        pairs.append((name, _literal(value, f"{file}:{line}: {name} {value}")))
-    if conditions:
+        if name == "socket_name" or name in PARAMETERS:
+            line = text.count("\n", 0, match.start()) + 1
+            pairs.append((name, _literal(value, f"{file}:{line}: {name} {value}")))
+        else:
+            _say(f"{file}: parameter {name} has no meaning here, skipped")
+    if any(match["condition"] for match in matches):
         _say(f"{file}: its #!if lines are not evaluated, all of the file is read")
     return pairs
 
