@@ -2751,12 +2751,14 @@ def _literal(value: str, where: str) -> str | int:
 
 def _run_words(client: Client, words: list[str], as_json: bool = False) -> int:
     """Run a command as typed, print what comes, give the exit status."""
+    arguments = [_split_word(word) for word in words[1:]]
     try:
         if as_json:
-            values, named = _json_params(words[1:])
+            values = [_json_value(text) for name, text in arguments if not name]
+            named = {name: _json_value(text) for name, text in arguments if name}
             print(json.dumps(client.call_json(words[0], *values, **named), indent=4))
         else:
-            request = _format_request(words[0], map(_split_word, words[1:]))
+            request = _format_request(words[0], arguments)
             try:
                 reply = client._call(request)
             except RequestError as error:
@@ -2767,12 +2769,9 @@ def _run_words(client: Client, words: list[str], as_json: bool = False) -> int:
     except CommandError as error:
         print(_harmless(str(error)), file=sys.stderr)
         return 1
-    except RequestError as error:
-        _say(str(error))
-        return 2
     except Error as error:
         _say(str(error))
-        return 3
+        return 2 if isinstance(error, RequestError) else 3
     return 0
 
 
@@ -2782,73 +2781,62 @@ def _split_word(word: str) -> tuple[str, str]:
     return (name, value) if separator else ("", word)
 
 
-def _json_params(words: list[str]) -> tuple[list[Any], dict[str, Any]]:
-    """Read parameters for JSON: a value that is JSON stands for itself, any other is a string."""
-    values = []
-    named = {}
-    for name, text in map(_split_word, words):
+def _json_value(text: str) -> Any:
+    """Take TEXT that is JSON for what it says, any other for a string."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _run_shell(client: Client) -> int:
+    """Run commands line by line; `help` and completion come from the server."""
+    import shlex
+
+    prompt = ""
+    if sys.stdin.isatty():
+        prompt = f"{client.socket_name}> "
+        with contextlib.suppress(ImportError):
+            _complete_from(client)
+    status = 0
+    while True:
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = text
-        if name:
-            named[name] = value
-        else:
-            values.append(value)
-    return values, named
+            words = shlex.split(input(prompt))
+        except EOFError:
+            if prompt:
+                print()
+            return status
+        except ValueError as error:
+            _say(str(error))
+            status = 2
+            continue
+        if words:
+            status = _run_words(client, words)
 
 
-class _Shell:
-    """Reads commands line by line; `help` and completion come from the server."""
+def _complete_from(client: Client) -> None:
+    """Have readline complete commands first, then the names of the command's parameters."""
+    import readline
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self.names: list[str] = []
-        self.matches: list[str] = []
+    found: typing.Iterator[str] = iter(())
 
-    def run(self) -> int:
-        import shlex
-
-        prompt = ""
-        if sys.stdin.isatty():
-            prompt = f"{self.client.socket_name}> "
-            with contextlib.suppress(ImportError):
-                import readline
-
-                readline.set_completer(self.complete)
-                readline.set_completer_delims(" ")
-                readline.parse_and_bind("tab: complete")
-        status = 0
-        while True:
-            try:
-                words = shlex.split(input(prompt))
-            except EOFError:
-                if prompt:
-                    print()
-                return status
-            except ValueError as error:
-                _say(str(error))
-                status = 2
-                continue
-            if words:
-                status = _run_words(self.client, words)
-
-    def complete(self, text: str, state: int) -> str | None:
-        """Complete for readline: commands first, then the names of the command's parameters."""
-        import readline
-
+    def complete(text: str, state: int) -> str | None:
+        nonlocal found
         if state == 0:
             words = readline.get_line_buffer()[: readline.get_begidx()].split()
+            command = [] if words[:1] == ["help"] else words[:1]
             try:
-                if words and words[0] != "help":
-                    lists = self.client.call_json("which", words[0])
-                    found = [f"{name}::" for name in dict.fromkeys([one for names in lists for one in names])]
-                else:
-                    found = [f"{name} " for name in self.client.call_json("which")]
+                names = client.call_json("which", *command)
             except Error:
-                found = []
-            self.matches = [name for name in found if name.startswith(text)]
-        return self.matches[state] if state < len(self.matches) else None
+                names = []
+            if command:
+                names = dict.fromkeys(itertools.chain.from_iterable(names))
+            found = (f"{name}::" if command else f"{name} " for name in names if name.startswith(text))
+        return next(found, None)
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" ")
+    readline.parse_and_bind("tab: complete")
 
 
 # ------------------------------------------------------------- command line ----
@@ -3035,7 +3023,7 @@ def _ask(command: str, *arguments: str) -> int:
     try:
         with Client(options.socket_name, options.timeout, options.reply_dir) as client:
             if command == "shell":
-                return _Shell(client).run()
+                return _run_shell(client)
             return _run_words(client, [options.command, *options.arguments], options.json)
     except Error:
         raise
