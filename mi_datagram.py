@@ -2358,8 +2358,8 @@ class Client:
         self.timeout = _number("timeout", timeout, 1, 2**31 - 1)
         self._address = parse_socket_name(socket_name)
         self._reply_dir = reply_dir
-        self._folder: str | None = None
         self._socket: socket.socket | None = None
+        self._held = contextlib.ExitStack()  # the socket, and the folder of its name
         self._last_id = 0
 
     def call(self, command: str, /, *values: object, **named: object) -> Reply:
@@ -2396,24 +2396,20 @@ class Client:
         """Whether REPLY answers the present call; an error may have lost its id."""
         try:
             answer = json.loads(reply)
-        except (ValueError, RecursionError):
+            is_whole = "result" in answer or answer["error"].keys() >= {"code", "message"}
+            return is_whole and answer.get("id") in (self._last_id, None)
+        except (ValueError, RecursionError, TypeError, LookupError, AttributeError):  # it is something else
             return False
-        if not isinstance(answer, dict) or answer.get("id") not in (self._last_id, None):
-            return False
-        error = answer.get("error")
-        return "result" in answer or (isinstance(error, dict) and error.keys() >= {"code", "message"})
 
     def exchange(self, request: bytes, is_mine: Callable[[bytes], bool] = lambda reply: True) -> bytes:
         """Send the bytes of a request and give those of its reply."""
         deadline = time.monotonic() + self.timeout / 1000
         try:
             try:
-                sock = self._connected()
-                sock.send(request)
+                sock = self._send(request)
             except (ConnectionError, FileNotFoundError):
                 self.close()  # the server that this socket was connected to is gone; there may be another
-                sock = self._connected()
-                sock.send(request)
+                sock = self._send(request)
             while True:
                 left = max(deadline - time.monotonic(), 0.000001)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(left))
@@ -2430,44 +2426,40 @@ class Client:
                 raise SocketError(f"{self.socket_name}: {error.strerror or error}") from None
             raise
 
-    def _connected(self) -> socket.socket:
-        """Give the socket, connected, so that only the server's replies arrive."""
+    def _send(self, request: bytes) -> socket.socket:
+        """Send by a socket that is connected, so that only the server's replies arrive; give it."""
         if self._socket is None:
             if isinstance(self._address, tuple):
-                family, address = _udp_address(self._address)
+                family, address, name = *_udp_address(self._address), ""
             else:
-                family, address = socket.AF_UNIX, self._address
-            name = self._own_name() if family == socket.AF_UNIX else ""
-            self._socket = socket.socket(family, socket.SOCK_DGRAM)
+                family, address, name = socket.AF_UNIX, self._address, self._own_name()
+            self._socket = self._held.enter_context(socket.socket(family, socket.SOCK_DGRAM))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout / 1000))
             self._socket.connect(address)  # before it has a name that others could send to
             if name:
                 self._socket.bind(name)
+        self._socket.send(request)
         return self._socket
 
     def _own_name(self) -> str:
-        import tempfile
-
         name = f"mi_datagram.{os.getpid()}.{os.urandom(8).hex()}"
         if sys.platform == "linux" and self._reply_dir is None:
             return "\0" + name
+        import shutil
+        import tempfile
+
         try:
-            self._folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
+            folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
         except (OSError, ValueError) as error:
             raise SocketError(f"reply_dir {self._reply_dir!a}: {getattr(error, 'strerror', error)}") from None
-        os.chmod(self._folder, 0o711)  # the server may run as somebody else
-        return os.path.join(self._folder, "reply")
+        self._held.callback(shutil.rmtree, folder, ignore_errors=True)
+        os.chmod(folder, 0o711)  # the server may run as somebody else
+        return os.path.join(folder, "reply")
 
     def close(self) -> None:
         """Close the socket and remove what it needed; the next call makes it anew."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._folder is not None:
-            import shutil
-
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._socket = None
+        self._held.close()
 
     def __enter__(self) -> Client:
         return self
