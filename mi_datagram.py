@@ -2877,7 +2877,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
     def add(names: str, meaning: str, **keywords: Any) -> None:
         *short, name = names.split()
-        keywords = {"dest": name, **keywords}
         parser.add_argument(*short, f"--{name}", help=meaning, **keywords)
         if "_" in name:
             parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **keywords)
@@ -2945,28 +2944,11 @@ def _load(what: str) -> Interface:
     interface = getattr(module, name, None)
     if isinstance(interface, Interface):
         return interface
+    why = f"it has no Interface called {name}"
     if type(interface).__name__ == "Interface":
         other = sys.modules[type(interface).__module__].__file__
-        raise ParameterError(
-            f"load {what!a}: its Interface is of another copy of this file, {other}, not of {__file__}"
-        )
-    raise ParameterError(f"load {what!a}: it has no Interface called {name}")
-
-
-def _allowed(networks: list[str], users: list[str], address: str | tuple[str, int]) -> Authorize | None:
-    """Give the `authorize` of the two options, each for its own kind of socket."""
-    if users if isinstance(address, tuple) else networks:
-        raise ParameterError("allow_network is for UDP, allow_user for a UNIX socket")
-    return allow_networks(*networks) if networks else allow_users(*users) if users else None
-
-
-def _merged(loads: list[str]) -> Interface:
-    """Load Interfaces, make one of them, and add the core commands that it lacks."""
-    interface, *others = [_load(what) for what in loads] or [Interface(core=())]
-    for other in others:
-        interface.include(other)
-    interface.add_core(CORE)
-    return interface
+        why = f"its Interface is of another copy of this file, {other}, not of {__file__}"
+    raise ParameterError(f"load {what!a}: {why}")
 
 
 def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, typing.Iterator[int], int]:
@@ -2980,8 +2962,15 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, t
     name = given.pop("socket_name", DEFAULT_SOCKET)
     parameters = check_parameters(given)
     children_count = parameters.pop("children_count")
-    interface = _merged(options.load)
-    authorize = _allowed(options.allow_network, options.allow_user, parse_socket_name(name))
+    interface, *others = [_load(what) for what in options.load] or [Interface(core=())]
+    for other in others:
+        interface.include(other)
+    interface.add_core(CORE)
+    is_udp = isinstance(parse_socket_name(name), tuple)
+    if options.allow_user if is_udp else options.allow_network:
+        raise ParameterError("allow_network is for UDP, allow_user for a UNIX socket")
+    allowed = [*options.allow_network, *options.allow_user]
+    authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
     with _holding_signals():  # until there is somebody to remove the file
         server = interface.server(name, authorize=authorize, listening=listening, **parameters)
         signals = _take_signals()
@@ -3012,13 +3001,12 @@ def _ask(command: str, *arguments: str) -> int:
     """Run `call` or `shell`; give the exit status."""
     _open_streams()
     options = _parser(command).parse_args(arguments)
+    client = Client(options.socket_name, options.timeout, options.reply_dir)
     try:
-        with Client(options.socket_name, options.timeout, options.reply_dir) as client:
+        with client:
             if command == "shell":
                 return _run_shell(client)
             return _run_words(client, [options.command, *options.arguments], options.json)
-    except Error:
-        raise
     except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
         if isinstance(error, BrokenPipeError):
