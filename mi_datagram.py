@@ -2791,19 +2791,17 @@ def _run_shell(client: Client) -> int:
         with contextlib.suppress(ImportError):
             _complete_from(client)
     status = 0
-    while True:
-        try:
-            words = shlex.split(input(prompt))
-        except EOFError:
-            if prompt:
-                print()
-            return status
-        except ValueError as error:
-            _say(str(error))
-            status = 2
-            continue
-        if words:
-            status = _run_words(client, words)
+    with contextlib.suppress(EOFError):
+        while True:
+            try:
+                words = shlex.split(input(prompt))
+                status = _run_words(client, words) if words else status
+            except ValueError as error:
+                _say(str(error))
+                status = 2
+    if prompt:
+        print()
+    return status
 
 
 def _complete_from(client: Client) -> None:
