@@ -2536,13 +2536,14 @@ def _take_signals() -> typing.Iterator[int]:
     return iter(lambda: os.read(reading, 1)[0], None)
 
 
-def _wait_until_told(signals: typing.Iterator[int], on_other: Callable[[int], object] = lambda number: False) -> None:
-    """Serve until SIGTERM or SIGINT, or until ON_OTHER, called with each other signal, says that it is the end."""
+def _wait_until_told(signals: typing.Iterator[int], on_other: Callable[[int], object] = lambda number: False) -> bool:
+    """Serve until SIGTERM or SIGINT, or until ON_OTHER says of another signal that this is the end: False then."""
     _tell_systemd("READY=1")
     for number in signals:
         if number in ENDING or on_other(number):
             break
     _tell_systemd("STOPPING=1")
+    return number in ENDING
 
 
 # ----------------------------------------------------------------- children ----
@@ -2585,7 +2586,6 @@ class _Children:
         self.count = count
         self.parent = os.getpid()
         self.pids: dict[int, int] = {}  # of the children that there are, by their index
-        self.status = 0
         width = len(COUNTERS) + len(FAULTS) + 2
         cells = memoryview(mmap.mmap(-1, 8 * width * (count + 1))).cast("q")
         *self.counters, self.serving, self.level = [cells[column::width] for column in range(width)]
@@ -2600,7 +2600,7 @@ class _Children:
     def run(self, signals: typing.Iterator[int]) -> int:
         """Fork the children, replace those that die, end with them; give the exit status."""
         self.look_after()
-        _wait_until_told(signals, self.look_after)
+        is_told = _wait_until_told(signals, self.look_after)
         self.kill(signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + 0.5)
         while self.pids:
@@ -2608,7 +2608,7 @@ class _Children:
                 self.kill(signal.SIGKILL)
             self.reap()
         self.server.stop()
-        return self.status
+        return 0 if is_told else 1
 
     def look_after(self, number: int = 0) -> bool:
         """Pass on a SIGHUP, and start the children that are missing; True if one ended before it could serve."""
