@@ -1912,10 +1912,6 @@ class _Serving(socketserver.BaseServer):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def adopt(self) -> None:
-        """For a child: serve in this process, forked from the one that made the server and removes its file."""
-        self._pid = os.getpid()
-
     # ---- threads
 
     def _spawn(self, target: Callable[..., None], *arguments: Any) -> bool:
@@ -2617,7 +2613,6 @@ class _Children:
         for index, pid, how in self.reap():
             if self.serving[index] != pid:
                 _say(f"child {index} ended before it could serve (wait status {how})")
-                self.status = 1
                 return True
             log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
         for index in sorted({*range(self.count)} - self.pids.keys()):
@@ -2655,7 +2650,7 @@ class _Children:
             self.take_level()
             counters = iter(self.counters)
             self.server.interface.use_counters(lambda: _SharedCounter(next(counters), index))
-            self.server.adopt()
+            self.server._pid = os.getpid()  # to serve here; the file stays the parent's
             threading.Thread(target=self.watch_parent, name="mi_datagram lifeline", daemon=True).start()
             self.serving[index] = os.getpid()  # before its first reply, as it may be killed right after
             self.server.start()
