@@ -1200,7 +1200,7 @@ class Interface:
         if inspect.iscoroutinefunction(function):
             if self.loop is None:
                 raise ParameterError(f"command {command.name!a} is async: give its event loop, Interface(loop=...)")
-            command.function = self._on_loop(function, pass_request)
+            command.function = self._run_on_loop(function, pass_request)
             command.pass_request = True
         self._put(command)
         return function
@@ -1209,7 +1209,7 @@ class Interface:
         self.commands[command.name] = command
         self.first_lines[f":{command.name}:".encode("utf-8", "surrogateescape")] = command
 
-    def _on_loop(self, function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
+    def _run_on_loop(self, function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
         """Make a command of an `async def` function: it runs on the loop and answers when it is done."""
         import asyncio
 
@@ -1732,6 +1732,7 @@ class _Serving(socketserver.BaseServer):
         ParameterError for a wrong value and SocketError where the socket cannot be made; nothing
         is created then.
         """
+        name = parse_socket_name(socket_name)
         self.parameters = values = check_parameters(parameters)
         if values["children_count"] > 1:
             raise _wrong("children_count", values["children_count"], "only python -m mi_datagram has children")
@@ -1741,6 +1742,7 @@ class _Serving(socketserver.BaseServer):
             indent=values["reply_indent"],
             json_indent=values["reply_indent"] if values["pretty_printing"] else None,
             authorize=authorize,
+            silent=isinstance(name, tuple),  # a UDP peer, which may be forged, gets no reply where it is refused
         )
         self._timeout: float = values["socket_timeout"] / 1000
         self.drain_time: float = max(self._timeout, SOCKET_TIMEOUT / 1000)  # s that stopping waits for what runs
@@ -1759,7 +1761,7 @@ class _Serving(socketserver.BaseServer):
         self._by_datagram: dict[Any, Handler] = {}  # such a handler by its datagram and peer
         if not (MSG_DONTWAIT and hasattr(select, "poll")):
             raise SocketError("this system lacks MSG_DONTWAIT or poll")
-        address = self._resolve(parse_socket_name(socket_name))
+        address = self._resolve(name)
         with _naming(socket_name):
             super().__init__(address, handler, listening is None)  # type: ignore[call-arg]
         if listening is not None:
@@ -2140,7 +2142,6 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
         for unix in ("unix_socket_user", "unix_socket_group"):
             if self.parameters[unix] is not None:
                 raise _wrong(unix, self.parameters[unix], "only a UNIX socket has one")
-        self.service.silent = True  # a refused peer, which may be forged, gets no reply
         return address
 
     def _prepare(self) -> None:

@@ -2506,8 +2506,7 @@ def test_long_queue_of_quick_commands_stays_on_one_thread(folder, monkeypatch):
 def test_end_of_other_commands_is_no_tick(name, monkeypatch):
     """A command within its tick is not taken for slow, however many others come to their end meanwhile."""
     monkeypatch.setattr(mi_datagram, "TICK", 0.4)
-    mi = interface()
-    runs, go = blocking(mi)
+    mi, runs, go = blocking()
     mi.commands["block"].slow = True  # so it makes way at once
     mi.command(lambda: go.set() or pause(0.1), name="quick")
     with serving(mi, name) as server, client_socket(server) as slow, client_socket(server) as sock:
