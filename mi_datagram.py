@@ -1756,7 +1756,7 @@ class _Serving(socketserver.BaseServer):
         self._workers: set[int | None] = set()  # their idents
         self._waiting: set[Any] = set()  # the clients that a reply waits for
         self._relief: Socket | None = None  # a second socket, from the first time that our send buffer was full
-        self._aside: Socket | None = None  # it, where replies go first until the next tick, as a failed try costs most
+        self._aside: Socket | None = None  # it, tried first until a tick finds nothing to do: failures cost most
         self._at_work: dict[Any, Handler] = {}  # worker or Deferred -> the handler whose request it works on
         self._by_datagram: dict[Any, Handler] = {}  # such a handler by its datagram and peer
         if not (MSG_DONTWAIT and hasattr(select, "poll")):
@@ -2018,7 +2018,8 @@ class _Serving(socketserver.BaseServer):
                     return
                 self._watcher_sleeps = ticks >= QUIET_TICKS
                 self._change.wait((poll_interval if acts else None) if self._watcher_sleeps else TICK)
-                self._aside = None
+                if self._leader_polls:
+                    self._aside = None
                 now = self.current, self._leader_polls  # both, as a datagram that came has no handler yet
                 if now != seen:
                     seen, ticks = now, 0
@@ -2065,17 +2066,18 @@ class _Serving(socketserver.BaseServer):
         self.interface.count("handler_errors")
         _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
 
-    def _send_reply(self, reply: bytes, address: Any) -> None:
-        """Send from the bound socket; wait for the client only where another thread receives meanwhile."""
-        aside = self._aside
-        sock = self.socket if aside is None else aside
+    def _send_reply(self, reply: bytes, address: Any, sock: Socket | None = None) -> None:
+        """Send from the bound socket, or while that is full from the relief; wait only where another thread receives."""
+        sock = sock or self._aside or self.socket
         try:
             sock.sendto(reply, MSG_DONTWAIT, address)
         except (OSError, TypeError) as error:
-            if aside is not None:  # a connected client, or one whose queue is full: the usual way
-                self._aside = None
-                self._send_reply(reply, address)
-            elif not isinstance(error, BlockingIOError):
+            is_full = isinstance(error, BlockingIOError)
+            if is_full and address in self._waiting:  # one reply waits for this client already
+                self._lost(address, error)
+            elif sock is not self.socket:  # a connected client, or one whose queue is full: the usual way
+                self._send_reply(reply, address, self.socket)
+            elif not is_full:
                 self._lost(address, error)
             elif get_ident() in self._workers or self._state == "idle":
                 self._deliver(reply, address)
