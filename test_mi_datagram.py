@@ -235,23 +235,26 @@ PARSE_ERRORS = [  # arguments, as all that follow, that stand behind b":echo:\n"
     b"::", b" :: ", b"::\na", b'"\\"', b'"a\\"', b'"back\\\\"', b'"back\\\\"\n"x"', b'"""', b'""""', b'""x"',
     b'"unterminated', b'"', b'n::"abc', b'a\n"abc', b'a\n"', b'"x" trailing', b'"x"y', b'"x":', b'"na me"::v',
     b'"n"::"v"', b'"a" "b"', b'"a""b"', b'pre"quote', b'pre"quote"', b'abc"', b'na"me::v', b'n::va"lue', b'n::value"',
-    b'n::v "q"', b'a\\"b', b'a\nb"c', b'a\nb\nc::d"e', b'\'a"b\'', b'"a"\n"', b':"a"', b'a:"b"', b'a:::"b"',
+    b'n::v "q"', b'n::a"b', b'a"b', b'ab"', b'"ab', b'a\\"b', b'a\nb"c', b'a\nb\nc::d"e', b'\'a"b\'', b'"a"\n"',
+    b':"a"', b'a:"b"', b'a:::"b"',
     b'"a"\x00', b'"a"\x1c', b'"a"\xc2\x85',
 ]  # fmt: skip
 AS_SENT = [
-    b":echo:", b"a", b"a\nb", b"a\x0bb", b"a\x0cb", b"a b  c", b"a\tb", b"x", b"\xa0a\xa0", b"\xc2\xa0a\xc2\xa0",
+    b":echo:", b"a", b"a\nb", b"a\x0bb", b"a\x0cb", b"a b", b"a b  c", b"a\tb", b"x", b"\xa0a\xa0",
+    b"\xc2\xa0a\xc2\xa0",
     b"\x85a\x85", b"a\xe2\x80\xa8b", b"123", b"-1", b".", b"a\na", b"a;b,c",
     b"sip:user@example.com:5060;transport=udp", b"# c", b"%s%n%d", b"a\\nb", b"a,b", b"a=b", b"<a>&b;",
     b"name:: value", b"a:b", b"a:b:c", b":a", b"a:", b":", b"a: :b", b"a:\n:b", b"a:: ", b"'a b'", b"it's", b"'",
     b"'a", b"`a`", "“a b”".encode(), b"\x00a", b"a\n\x00", b"a\n\x00b", b"\x00", b"\x00" * 100,
     b"a\n" + b"\x00" * 100, "žluťoučký kůň".encode(), "🙂".encode(), b"\xe2\x82", b"\xc0\x80", b"caf\xe9",
     b"\x1b[31mred",
-    *[b"\n".join([place.replace(b"?", byte) for byte in PLAIN])
-      for place in (b"?", b"a?b", b"?ab", b"ab?", b"n:: a?b", b"?n:: ?a")],
+    *[place.replace(b"?", byte) for byte in PLAIN
+      for place in (b"?", b"a?b", b"?ab", b"ab?", b"?n:: ?a")],
 ]  # fmt: skip
 ECHOED = [
     # values; kamctl ends a request with a blank line
-    (b"a\nn::v\n", b"a\nn:: v\n"), (b":a\nb:\n", b":a\nb:\n"), (b"", b""), (b"a\n\n:echo:\nb", b"a\n:echo:\nb\n"), (b"a\n", b"a\n"), (b"a\n ", b"a\n"), (b" a\n ", b"a\n"),
+    (b"a\nn::v\n", b"a\nn:: v\n"), (b":a\nb:\n", b":a\nb:\n"), (b"", b""), (b"a\n\n:echo:\nb", b"a\n:echo:\nb\n"),
+    (b"a\n", b"a\n"), (b"a\n ", b"a\n"), (b" a\n ", b"a\n"),
     (b"a\n\n", b"a\n"), (b"a\n\n\n", b"a\n"), (b"\na", b"a\n"), (b"\n\na", b"a\n"), (b"\n", b""),
     (b"a\n\nb", b"a\nb\n"), (b"a\n\n\n\nb", b"a\nb\n"), (b"a\n   \nb", b"a\nb\n"), (b"a\n\t\nb", b"a\nb\n"),
     (b"   ", b""), (b"\t\t", b""), (b"\r", b""), (b"a\r", b"a\n"), (b"a\r\nb\r", b"a\nb\n"), (b"a\rb", b"a\\rb\n"),
@@ -305,6 +308,8 @@ ECHOED = [
     (RAW, RAW.replace(b"\r", b"\\r") + b"\n"),
     (b'"' + WHOLE + b'"', WHOLE.replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n"),
     ("jméno::žluťoučký kůň".encode(), "jméno:: žluťoučký kůň\n".encode()),
+    *[(b"n::a%bb" % byte, b"n:: a%bb\n" % byte) for byte in PLAIN],
+    (b"\nab", b"ab\n"), (b"ab\n", b"ab\n"), (b"n::a\nb", b"n:: a\nb\n"),
     (b"\rab", b"ab\n"), (b"ab\r", b"ab\n"), (b"n::a\rb", b"n:: a\\rb\n"),
     *[(sent.replace(b"?", white), shown.replace(b"?", white)) for white in (b" ", b"\t", b"\v", b"\f")
       for sent, shown in ((b"?", b""), (b"?ab", b"ab\n"), (b"ab?", b"ab\n"), (b"n::a?b", b"n:: a?b\n"))],
