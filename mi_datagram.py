@@ -2182,6 +2182,13 @@ def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
     return family, address
 
 
+def _unix_family(name: str) -> int:
+    """Give AF_UNIX for the socket NAME; raise SocketError where there is none."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise SocketError(f"socket_name {name!a}: this system has no UNIX sockets")
+    return socket.AF_UNIX
+
+
 if TYPE_CHECKING or hasattr(socketserver, "ThreadingUnixDatagramServer"):
     _UnixBase = socketserver.ThreadingUnixDatagramServer
 else:
@@ -2196,8 +2203,7 @@ class UnixServer(_Serving, _UnixBase):
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
             raise _wrong("socket_name", _udp_name(name), "/path or ./path is allowed here")
-        if not hasattr(socket, "AF_UNIX"):
-            raise SocketError(f"socket_name {name!a}: this system has no UNIX sockets")
+        _unix_family(name)
         return os.path.abspath(name) if len(os.fsencode(os.path.abspath(name))) <= UNIX_PATH else name
 
     @property
@@ -2431,7 +2437,7 @@ class Client:
             if isinstance(self._address, tuple):
                 family, address, name = *_udp_address(self._address), ""
             else:
-                family, address, name = socket.AF_UNIX, self._address, self._own_name()
+                family, address, name = _unix_family(self._address), self._address, self._own_name()
             self._socket = self._held.enter_context(socket.socket(family, socket.SOCK_DGRAM))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout / 1000))
             self._socket.connect(address)  # before it has a name that others could send to
@@ -2517,6 +2523,8 @@ SIGNALS = [*ENDING, *[getattr(signal, name) for name in ("SIGHUP", "SIGCHLD", "S
 
 @contextlib.contextmanager
 def _holding_signals() -> typing.Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        raise Error("this system lacks pthread_sigmask")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -3021,7 +3029,10 @@ def main(arguments: list[str] | None = None) -> int:
         level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         audit.setLevel(logging.INFO)
-        return _serve(*_make_server(options))
+        status = _serve(*_make_server(options))
+        for number in SIGNALS:  # one that comes while the interpreter ends is not to kill it
+            signal.signal(number, signal.SIG_IGN)
+        return status
     except (Error, OSError) as error:
         _say(str(error))
         return 2

@@ -493,11 +493,11 @@ assert state() == before
 assert not {"argparse", "asyncio", "readline", "cmd"} & set(sys.modules)
 """
 ELSEWHERE = """
-import os, select, socket, sys
+import contextlib, io, os, select, signal, socket, sys
 sys.modules.update(fcntl=None, grp=None, pwd=None, readline=None)
 for name in "AF_UNIX SO_PASSCRED MSG_DONTWAIT CMSG_LEN SCM_RIGHTS".split():
     delattr(socket, name)
-del os.fork, os.getuid, select.poll
+del os.fork, os.getuid, select.poll, signal.pthread_sigmask
 import mi_datagram
 mi = mi_datagram.Interface()
 assert mi.answer(b":pwd:\\n").startswith(b"200 OK\\nWD:: ")
@@ -508,6 +508,9 @@ for name in ("/tmp/none.sock", "udp:127.0.0.1:0"):
         assert "this system" in str(error)
     else:
         assert False
+for arguments, status in (["-s", "./s"], 2), (["-s", "udp:127.0.0.1:0"], 2), (["call", "-s", "./s", "uptime"], 3):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert mi_datagram.main(arguments) == status and "this system" in said.getvalue()
 """
 
 
@@ -4053,6 +4056,16 @@ def test_stopping(folder, how, children):
             assert sock.recv(100) == b"200 OK\nreleased\n"
         assert server.wait(DEADLINE) == 0
         assert not path.exists() and is_empty(notices)
+
+
+@pytest.mark.parametrize("children", [1, 3])
+def test_signals_until_the_process_is_gone(folder, children):
+    """No SIGHUP behind the SIGTERM, not even while the interpreter ends, changes the exit status."""
+    with process("-s", folder / "s", "--children_count", children) as server:
+        server.terminate()
+        while server.poll() is None:
+            server.send_signal(signal.SIGHUP)
+    assert server.returncode == 0 and not contents(folder)
 
 
 @pytest.mark.parametrize("children", [1, 3])
