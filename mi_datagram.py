@@ -1605,7 +1605,7 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
 
     server: _Serving
     request: tuple[bytes, socket.socket, bytes | None]
-    answered = False  # from just before the reply is sent
+    answered = False  # from just before the reply is sent, or once there is none to send
     at_work = 0  # how many threads and Deferreds work on this for longer than a TICK
     since = 0.0  # when the last of them began to
 
@@ -1626,6 +1626,8 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
         reply = self.answer(self.request[0])
         if reply is not None:
             self.send(reply)
+        elif not self.at_work:
+            self.answered = True
 
     def send(self, reply: bytes) -> None:
         self.answered = True

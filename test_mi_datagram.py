@@ -3022,6 +3022,24 @@ def test_notification_after_a_pause_is_no_retransmission():
         assert len(ran) == 3
 
 
+def test_notification_that_has_run_is_over_when_its_thread_is_replaced():
+    """Over UDP equal notifications one after the other all run, though each thread is replaced before it receives."""
+
+    class Hesitant(mi_datagram.UDPServer):
+        def get_request(self):
+            pause(3 * mi_datagram.TICK)
+            return super().get_request()
+
+    mi, ran = interface(), []
+    mi.command(lambda: ran.append(1), name="tick")
+    with Hesitant("udp:127.0.0.1:0", mi) as server, client_socket(server) as sock:
+        for _ in range(30):
+            sock.sendto(b'{"jsonrpc":"2.0","method":"tick"}', server.server_address)
+            pause(3.6 * mi_datagram.TICK)
+        wait_until(lambda: len(ran) + count(server, "retransmissions") == 30)
+        assert len(ran) == 30
+
+
 @pytest.mark.parametrize("request_", [b":later:\n", b'{"jsonrpc":"2.0","method":"later"}'])
 def test_repeated_request_whose_reply_comes_late(request_):
     """Over UDP a request whose Deferred is not answered yet is not run again; once it is, it may come again."""
