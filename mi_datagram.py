@@ -2542,7 +2542,9 @@ def _take_signals() -> typing.Iterator[int]:
     for number in SIGNALS:
         if not (number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN):  # a script's `... &`
             signal.signal(number, lambda *_: None)
-    return iter(lambda: os.read(reading, 1)[0], None)
+    # Of several at once the end first: a SIGCHLD overtakes the SIGTERM to the group that the child died of.
+    chunks = iter(lambda: sorted(os.read(reading, 64), key=lambda number: number not in ENDING), None)
+    return itertools.chain.from_iterable(chunks)
 
 
 def _wait_until_told(signals: typing.Iterator[int], on_other: Callable[[int], object] = lambda number: False) -> bool:

@@ -4320,6 +4320,19 @@ def test_children_let_commands_finish_though_all_are_told(folder):
         assert replies == [[Node(None, "released")]] and server.wait(DEADLINE) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_children_gone_before_the_parent_was_told(folder, number):
+    """A signal to the process group ends the server also where the parent first hears that its children ended."""
+    with ops_process(folder, "--children_count", 2) as server:
+        children = processes(folder / "s")[1:]
+        server.send_signal(signal.SIGSTOP)
+        os.killpg(server.pid, number)
+        wait_until(lambda: {process_state(pid)[0] for pid in children} == {"Z"})
+        server.send_signal(signal.SIGCONT)
+        assert server.wait(DEADLINE) == 0
+    assert not any("takes its place" in line for line in server.log)
+
+
 def test_killed_parent(folder):
     """When the parent is killed its children end by themselves, whatever runs, and the socket file goes."""
     arguments = ["--children_count", 3, "--socket_timeout", "600000"]
