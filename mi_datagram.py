@@ -2452,16 +2452,18 @@ class Client:
         name = f"mi_datagram.{os.getpid()}.{os.urandom(8).hex()}"
         if sys.platform == "linux" and self._reply_dir is None:
             return "\0" + name
-        import shutil
         import tempfile
 
         try:
             folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
         except (OSError, ValueError) as error:
             raise SocketError(f"reply_dir {self._reply_dir!a}: {getattr(error, 'strerror', error)}") from None
-        self._held.callback(shutil.rmtree, folder, ignore_errors=True)
+        path = os.path.join(folder, "reply")
+        for remove, what in ((os.rmdir, folder), (os.unlink, path)):  # the last first; not rmtree: it needs descriptors
+            self._held.enter_context(contextlib.suppress(OSError))
+            self._held.callback(remove, what)
         os.chmod(folder, 0o711)  # the server may run as somebody else
-        return os.path.join(folder, "reply")
+        return path
 
     def close(self) -> None:
         """Close the socket and remove what it needed; the next call makes it anew."""

@@ -3456,6 +3456,21 @@ def test_client_leaves_nothing_behind(folder, monkeypatch, platform):
         assert not os.listdir(folder / "tmp")
 
 
+def test_reply_dir_without_a_descriptor(folder):
+    """A client that can have no socket leaves nothing in `reply_dir` either."""
+    client = Client(str(folder / "s"), reply_dir=str(folder))
+    with pytest.raises(mi_datagram.SocketError, match="nobody listens"):
+        client.call("pwd")  # which imports what is needed
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(mi_datagram.SocketError, match="Too many open files"):
+            client.call("pwd")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert list(folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("reply_dir", ["/missing", "a\0b", "\udc00" * 3, "x" * 300])
 def test_reply_dir_that_is_none_is_named(folder, reply_dir):
     """A `reply_dir` where no folder can be made is a SocketError that names it."""
