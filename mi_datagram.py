@@ -106,7 +106,7 @@ class ParameterError(Error, ValueError):
 
 
 class SocketError(ParameterError, OSError):
-    """The socket of this name cannot be made, or nobody can be reached by it."""
+    """The socket of this name cannot be made (`errno` has the system's reason), or nobody can be reached by it."""
 
 
 class RequestError(Error, ValueError):
@@ -1668,7 +1668,9 @@ def _naming(socket_name: str) -> typing.Iterator[None]:
         yield
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise SocketError(f"socket_name {socket_name!a}: {reason}") from None
+        named = SocketError(f"socket_name {socket_name!a}: {reason}")
+        named.errno = getattr(error, "errno", None)
+        raise named from None
 
 
 # Why a reply was lost, by the error that says so: the statistic, and a hint for the log.
@@ -1887,7 +1889,7 @@ class _Serving(socketserver.BaseServer):
         From a command, a signal handler, or in the thread that serves, it asks and returns.
         """
         if self._pid != os.getpid():
-            self.socket.close()  # inherited through a fork: file and threads are the parent's
+            self._close_sockets()  # inherited through a fork: file and threads are the parent's
         elif _in_signal_handler():
             # What it interrupted may hold any lock, those of threading included; another thread can wait.
             _thread.start_new_thread(self.stop, ())
@@ -1906,6 +1908,9 @@ class _Serving(socketserver.BaseServer):
     def _close(self) -> None:
         self._state = "closed"
         self.remove_file()  # first: while the socket lives no other file has its inode
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
         self.socket.close()
         if self._relief is not None:
             self._relief.close()
@@ -2459,9 +2464,15 @@ class Client:
         except (OSError, ValueError) as error:
             raise SocketError(f"reply_dir {self._reply_dir!a}: {getattr(error, 'strerror', error)}") from None
         path = os.path.join(folder, "reply")
-        for remove, what in ((os.rmdir, folder), (os.unlink, path)):  # the last first; not rmtree: it needs descriptors
-            self._held.enter_context(contextlib.suppress(OSError))
-            self._held.callback(remove, what)
+
+        def remove() -> None:
+            """Not by rmtree, which needs a descriptor."""
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+        self._held.callback(remove)
         os.chmod(folder, 0o711)  # the server may run as somebody else
         return path
 
