@@ -2681,12 +2681,15 @@ class _Children:
             self.server._pid = os.getpid()  # to serve here; the file stays the parent's
             threading.Thread(target=self.watch_parent, name="mi_datagram lifeline", daemon=True).start()
             self.serving[index] = os.getpid()  # before its first reply, as it may be killed right after
-            self.server.start()
+            try:
+                self.server.start()
+            except BaseException:
+                self.serving[index] = 0
+                raise
             _wait_until_told(signals, self.take_level)
             self.server.stop()  # told again, as by the parent and a process group, it goes on; the parent can SIGKILL
             status = 0
         except BaseException as error:
-            self.serving[index] = 0
             _note(logging.ERROR, "child %d failed", index, error=error)
         finally:
             os._exit(status)

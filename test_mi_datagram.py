@@ -4336,6 +4336,20 @@ def test_children_let_commands_finish_though_all_are_told(folder):
         assert replies == [[Node(None, "released")]] and server.wait(DEADLINE) == 0
 
 
+def test_child_that_fails_after_it_served_is_replaced(folder):
+    """Only a child that never began to serve ends the server: one that fails later has another in its place."""
+    (folder / "load.py").write_text(
+        "import mi_datagram\nmi = mi_datagram.Interface()\n"
+        "def take_level(self, number=0):\n    assert not number\nmi_datagram._Children.take_level = take_level\n")
+    with process("-s", folder / "s", "--load", "load.py", "--children_count", 2, cwd=folder) as server:
+        first = processes(folder / "s")[1]
+        os.kill(first, signal.SIGHUP)
+        wait_until(lambda: any("takes its place" in line for line in server.log) or server.poll() is not None)
+        assert first not in processes(folder / "s")
+        server.terminate()
+        assert server.wait(DEADLINE) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_children_gone_before_the_parent_was_told(folder, number):
     """A signal to the process group ends the server also where the parent first hears that its children ended."""
