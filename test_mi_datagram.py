@@ -2886,6 +2886,21 @@ def test_replies_leave_from_the_bound_socket_again(folder, monkeypatch):
             wait_until(lambda: sender() == server.server_address)
 
 
+def test_who_is_answered_while_the_send_buffer_is_full(folder, monkeypatch):
+    """Others go on being answered by another socket, a connected client by the bound one; both are closed at the end."""
+    monkeypatch.setattr(mi_datagram, "TICK", DEADLINE)  # so that nothing brings the others back
+    open_before = set(os.listdir("/proc/self/fd"))
+    with serving(interface(), folder / "s") as server:
+        with client_socket(server) as sock, client_socket(server, connect=True) as connected:
+            server.socket = FaultySocket(server.socket, "sendto", errno.EAGAIN)
+            for _ in range(2):
+                sock.sendto(b":nothing:\n", server.server_address)
+                assert sock.recvfrom(1000) == (b"200 OK\n", None)
+                connected.send(b":nothing:\n")
+                assert connected.recvfrom(1000) == (b"200 OK\n", server.server_address)
+    assert set(os.listdir("/proc/self/fd")) <= open_before
+
+
 def test_large_reply_while_the_send_buffer_is_full(folder):
     """A reply that one of our sockets can carry goes out though it needs another one."""
     if os.geteuid():
@@ -3617,6 +3632,7 @@ CTRL_C = [  # words, what is shown first, keys to type then, exit status
 
 CANNOT_SERVE = [  # what a loaded file does to the children, and what the log says of it
     ("import os; os.register_at_fork(after_in_child=lambda: os._exit(7))", "before it could serve"),
+    ("import mi_datagram; mi_datagram.UnixServer.start = lambda self: 1 / 0", "before it could serve"),
     ("import os, resource as r; os.register_at_fork(after_in_child=lambda: r.setrlimit(r.RLIMIT_NOFILE, (3, 3)))",
      "Too many open files"),
 ]
