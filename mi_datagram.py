@@ -2642,6 +2642,7 @@ class _Children:
             if self.serving[index] != pid:
                 _say(f"child {index} ended before it could serve (wait status {how})")
                 return True
+            self.serving[index] = 0
             log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
         for index in sorted({*range(self.count)} - self.pids.keys()):
             try:
@@ -2660,7 +2661,6 @@ class _Children:
         return ended
 
     def fork(self, index: int) -> None:
-        self.serving[index] = 0
         with _holding_signals():  # none gets to the child before it has a pipe of its own
             pid = os.fork()
             if not pid:
