@@ -185,10 +185,10 @@ def _traceback(error: BaseException) -> str:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception:  # it reads files, and there may be no descriptor left
         text = f"{type(error).__name__}: {error}"
-    return "\n    | ".join(["", *filter(None, _harmless(text).split("\n"))])
+    return "\n    | ".join(["", *filter(None, escape_control_characters(text).split("\n"))])
 
 
-def _harmless(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """Escape what would drive a terminal."""
     return "".join([c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text])
 
@@ -2496,7 +2496,7 @@ class Client:
 ###############################################################################
 
 
-def _say(text: str) -> None:
+def print_error(text: str) -> None:
     print(f"mi_datagram: {text}", file=sys.stderr)
 
 
@@ -2640,7 +2640,7 @@ class _Children:
             self.kill(signal.SIGHUP)
         for index, pid, how in self.reap():
             if self.serving[index] != pid:
-                _say(f"child {index} ended before it could serve (wait status {how})")
+                print_error(f"child {index} ended before it could serve (wait status {how})")
                 return True
             self.serving[index] = 0
             log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
@@ -2746,9 +2746,9 @@ def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
             line = text.count("\n", 0, match.start()) + 1
             pairs.append((name, _literal(value, f"{file}:{line}: {name} {value}")))
         else:
-            _say(f"{file}: parameter {name} has no meaning here, skipped")
+            print_error(f"{file}: parameter {name} has no meaning here, skipped")
     if any(match["condition"] for match in matches):
-        _say(f"{file}: its #!if lines are not evaluated, all of the file is read")
+        print_error(f"{file}: its #!if lines are not evaluated, all of the file is read")
     return pairs
 
 
@@ -2782,13 +2782,13 @@ def _run_words(client: Client, words: list[str], as_json: bool = False) -> int:
             except RequestError as error:
                 raise NoAnswer(f"the reply cannot be read: {error}") from None
             tree = format_reply(reply).partition(b"\n")[2]
-            sys.stdout.write(_harmless(tree.decode("utf-8", "replace")))
+            sys.stdout.write(escape_control_characters(tree.decode("utf-8", "replace")))
         sys.stdout.flush()
     except CommandError as error:
-        print(_harmless(str(error)), file=sys.stderr)
+        print(escape_control_characters(str(error)), file=sys.stderr)
         return 1
     except Error as error:
-        _say(str(error))
+        print_error(str(error))
         return 2 if isinstance(error, RequestError) else 3
     return 0
 
@@ -2823,7 +2823,7 @@ def _run_shell(client: Client) -> int:
                 words = shlex.split(input(prompt))
                 status = _run_words(client, words) if words else status
             except ValueError as error:
-                _say(str(error))
+                print_error(str(error))
                 status = 2
     if prompt:
         print()
@@ -2999,8 +2999,8 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, t
         server = interface.server(name, authorize=authorize, listening=listening, **parameters)
         signals = _take_signals()
     if is_default:
-        _say(f"no socket_name given, using {DEFAULT_SOCKET}")
-    _say(f"listening on {server.socket_name}")
+        print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
+    print_error(f"listening on {server.socket_name}")
     return server, signals, children_count
 
 
@@ -3035,7 +3035,7 @@ def _ask(command: str, *arguments: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
         if isinstance(error, BrokenPipeError):
             return 128 + 13  # as a shell says of SIGPIPE
-        _say(str(error))
+        print_error(str(error))
         return 4
 
 
@@ -3054,7 +3054,7 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, signal.SIG_IGN)
         return status
     except (Error, OSError) as error:
-        _say(str(error))
+        print_error(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
