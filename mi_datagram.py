@@ -209,7 +209,7 @@ class Node:
     children: Any = dataclasses.field(default_factory=list)
 
     def data(self) -> Any:
-        """Give the node as JSON data.
+        """Return the node as JSON data.
 
         Its content is the value alone, or the attributes alone, or the children alone, or an
         object of `value`, `attributes` and `children` where there are several; a node with a
@@ -310,7 +310,7 @@ def parse_request(data: bytes) -> Request:
 
 
 def _parse_first_line(data: bytes) -> tuple[str, str]:
-    """Give the command's name, and the text of the arguments behind it."""
+    """Return the command's name, and the text of the arguments behind it."""
     name, separator, text = data[1:].decode("utf-8", "surrogateescape").partition(":\n")
     if not (separator and name) or ":" in name or "\n" in name or data[:1] != b":":
         raise RequestError("no first line ':name:'", 0)
@@ -403,7 +403,7 @@ def _text(value: object) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _container(kind: type) -> type[Any] | None:
-    """Give dict for a class of mappings, list for one of sequences, None for one of scalars."""
+    """Return dict for a class of mappings, list for one of sequences, None for one of scalars."""
     if issubclass(kind, (bytes, bytearray, str)):
         return None
     return dict if issubclass(kind, Mapping) else list if issubclass(kind, Sequence) else None
@@ -497,7 +497,7 @@ def _check_nesting(data: bytes) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Give json what it does not know by itself: our nodes, and other mappings and sequences."""
+    """Return json what it does not know by itself: our nodes, and other mappings and sequences."""
     if isinstance(value, Node):
         return value.data()
     container = _container(value.__class__)
@@ -511,13 +511,13 @@ _decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).dec
 
 @functools.lru_cache(maxsize=8)
 def _json_encoder(indent: str | None) -> Callable[[Any], str]:
-    """Give the encoder for compact replies (None) or for indented ones."""
+    """Return the encoder for compact replies (None) or for indented ones."""
     separators = (",", ":") if indent is None else (",", ": ")
     return json.JSONEncoder(allow_nan=False, default=_plain, indent=indent, separators=separators).encode
 
 
 def _json_id(call: Any) -> Any:
-    """Give the id to answer with: null where the call has none that the specification allows."""
+    """Return the id to answer with: null where the call has none that the specification allows."""
     value = call.get("id") if isinstance(call, dict) else None
     return value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
 
@@ -544,7 +544,7 @@ def _json_error(error: CommandError) -> dict[str, Any]:
 
 
 def _json_member(outcome: Any) -> tuple[str, Any]:
-    """Give the member that answers: ("result", …) or ("error", …)."""
+    """Return the member that answers: ("result", …) or ("error", …)."""
     if isinstance(outcome, Reply):
         data = None if outcome.nodes.__class__ is list and not outcome.nodes else outcome.nodes
         outcome = data if outcome.ok else CommandError(outcome.code, outcome.reason, data)
@@ -582,7 +582,7 @@ def _from_json(kind: type, optional: bool, value: Any) -> Any:
 
 
 def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, bool] | None:
-    """Give (int, float, bool or str; whether Optional), or None for any other annotation."""
+    """Return (int, float, bool or str; whether Optional), or None for any other annotation."""
     if isinstance(annotation, str) and "|" in annotation:  # which has no meaning on Python 3.9
         annotation = f"Union[{annotation.replace('|', ',')}]"
     plain: Any = inspect.unwrap(function)
@@ -613,6 +613,7 @@ class Command:
         self.read_only = read_only
         self.core = False  # whether it is one of CORE
         self.doc = inspect.getdoc(function) or ""
+        self.is_async = inspect.iscoroutinefunction(function)
         self.slow = False  # whether its last run took longer than a TICK
         parameters = list(inspect.signature(function).parameters.values())
         stars = {p.kind: p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -658,8 +659,8 @@ class Command:
             self.ready[dialect].add(count - self._first)
         return plan
 
-    def part(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
-        """Part the arguments of the line dialect into values by position and by name."""
+    def split_arguments(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
+        """Split the arguments of the line dialect into values by position and by name."""
         values: list[Any] = []
         named: dict[str, Any] = {}
         for name, value in arguments:
@@ -970,7 +971,7 @@ class Exchange:
                     arguments = _parse_arguments(command.name, text)
                 except RequestError as error:
                     raise _Fault("parse_errors", detail=error) from None
-                values, named = command.part(arguments)
+                values, named = command.split_arguments(arguments)
             else:  # by position alone and not quoted, as most are: read in half the time
                 values = [value for line in text.split("\n") if (value := line.strip(WHITE))]
                 named = {}
@@ -1072,9 +1073,7 @@ class Exchange:
             if not is_call:
                 self._refuse("invalid_requests", "no Request object")
             self._authorize(name)
-            command = self.service.interface.commands.get(name)
-            if command is None:
-                raise _Fault("unknown_commands")
+            command = self.service.interface.find(name, "json")
             params = call.get("params", [])
             values, named = ([], dict(params)) if isinstance(params, dict) else (list(params), {})
             if command.pass_request:
@@ -1197,17 +1196,19 @@ class Interface:
         command = Command(name or function.__name__, function, pass_request, read_only)
         if command.name in self.commands and not replace:
             raise ParameterError(f"command name {command.name!a}: there is one already; replace=True is allowed")
-        if inspect.iscoroutinefunction(function):
-            if self.loop is None:
-                raise ParameterError(f"command {command.name!a} is async: give its event loop, Interface(loop=...)")
-            command.function = self._run_on_loop(function, pass_request)
-            command.pass_request = True
         self._put(command)
         return function
 
     def _put(self, command: Command) -> None:
         self.commands[command.name] = command
         self.first_lines[f":{command.name}:".encode("utf-8", "surrogateescape")] = command
+
+    def find(self, name: str, dialect: str) -> Command:
+        """Return the command that NAME means in a dialect; raise the _Fault to answer where there is none."""
+        command = self.commands.get(name)
+        if command is None:
+            raise _Fault("unknown_commands", detail=name)
+        return command
 
     def _run_on_loop(self, function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
         """Make a command of an `async def` function: it runs on the loop and answers when it is done."""
@@ -1240,7 +1241,7 @@ class Interface:
         return start
 
     def counter(self, name: str) -> Counter:
-        """Give the counter called `group:name`, made at its first mention."""
+        """Return the counter called `group:name`, made at its first mention."""
         counter = self.statistics.get(name) or self._add_statistic(name, Counter())  # of two threads one makes it
         if not isinstance(counter, Counter):
             raise ParameterError(f"statistic name {name!a}: there is one already")
@@ -1253,7 +1254,7 @@ class Interface:
         self._add_statistic(name, function)
 
     def _add_statistic(self, name: str, function: Callable[[], Any]) -> Callable[[], Any]:
-        """Give the statistic of this name: FUNCTION where there was none."""
+        """Return the statistic of this name: FUNCTION where there was none."""
         group, _, rest = name.partition(":")
         if not (group and rest):
             raise ParameterError(f"statistic name {name!a}: group:name is allowed")
@@ -1411,7 +1412,7 @@ class _Core:
         return values
 
     def _select(self, names: Sequence[Any], more: Any) -> dict[str, Callable[[], Any]]:
-        """Give the statistics that are meant, by their full names; OpenSIPS's clients send these in one list."""
+        """Return the statistics that are meant, by their full names; OpenSIPS's clients send these in one list."""
         wanted: list[Any] = []
         for name in (*names, more):
             wanted += name if isinstance(name, (list, tuple)) else [name]
@@ -1568,7 +1569,7 @@ def _meaning(parameter: str) -> str:
 
 
 def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Give all parameters checked, those not given at their defaults; raise ParameterError for a wrong one."""
+    """Return all parameters checked, those not given at their defaults; raise ParameterError for a wrong one."""
     for name in parameters:
         if name not in PARAMETERS:
             raise ParameterError(f"parameter {name!a}: allowed are socket_name, {', '.join(PARAMETERS)}")
