@@ -309,7 +309,7 @@ class Request:
     arguments: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
     peer: Peer | None = None
     dialect: str = "line"
-    _defer: Callable[[float], Deferred] | None = dataclasses.field(default=None, repr=False, compare=False)
+    _call: Call | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def defer(self, timeout: float = DEFER_TIMEOUT) -> Deferred:
         """Answer later: the command returns what this returns, and whoever holds it replies.
@@ -318,9 +318,9 @@ class Request:
         """
         if not timeout >= 0:
             raise ParameterError(f"timeout {timeout!a}: a number of ms is allowed")
-        if self._defer is None:
+        if self._call is None:
             raise Error("nobody waits for an answer to this request")
-        return self._defer(timeout)
+        return self._call.defer(timeout)
 
 
 def _udp_name(address: Any) -> str:
@@ -660,12 +660,12 @@ class Command:
         if not isinstance(name, str) or not name or ":" in name or "\n" in name:
             raise ParameterError(f"command name {name!a}: a text without ':' and line breaks is allowed")
         self.name = name
-        self.function = function
-        self.pass_request = pass_request
+        is_async = inspect.iscoroutinefunction(function)
+        self.function = run_on_loop(function, pass_request) if is_async else function
+        self.pass_request = pass_request or is_async
         self.read_only = read_only
         self.core = False  # whether it is one of CORE
         self.doc = inspect.getdoc(function) or ""
-        self.is_async = inspect.iscoroutinefunction(function)
         self.slow = False  # whether its last run took longer than a TICK
         parameters = list(inspect.signature(function).parameters.values())
         stars = {p.kind: p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -707,7 +707,7 @@ class Command:
         kinds, convert = self._kinds[dialect], _from_text if dialect == "line" else _from_json
         bound: list[tuple[Any, str | None]] = [*enumerate(by_place, -self._first), *by_name]
         plan = [(place, p, functools.partial(convert, *kinds[p])) for place, p in bound if p in kinds]
-        if not plan and not names and count < 16:
+        if not (plan or names or self.pass_request) and count < 16:
             self.ready[dialect].add(count - self._first)
         return plan
 
@@ -880,13 +880,12 @@ class Call:
     A class of its own for each dialect reads the call, and writes the outcome (`format`).
     """
 
-    __slots__ = ("deferred", "exchange", "name")
     dialect = "line"
+    name = ""  # of the command, as it is registered
+    deferred: Deferred | None = None  # made by defer(), and all that a late reply needs with it
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
-        self.name = ""  # of the command, as it is registered
-        self.deferred: Deferred | None = None  # made by defer(), and all that a late reply needs with it
 
     def format(self, outcome: Any) -> Any:
         """Write what the command returned, or its CommandError; None where no answer is to be sent."""
@@ -901,28 +900,34 @@ class Call:
         """
         exchange = self.exchange
         request = None
-        if command.pass_request:
-            sent = sent or [*[("", value) for value in values], *named.items()]
-            request = Request(command.name, sent, exchange.peer, self.dialect, self.defer)
         if named or len(values) not in command.ready[self.dialect]:
-            command.bind(values, named, self.dialect)
-        if request is not None:
-            values.insert(0, request)
+            request = self._bind(command, values, named, sent)
         if not command.read_only:
             exchange.write_log(logging.INFO, "%a by %s", command.name, exchange.peer, to=audit)
         exchange.step = command
         try:
-            if command.is_async:
-                outcome: Any = _start_on_loop(self, command.function, values, named)
-            elif command.slow:
+            if command.slow:
                 outcome = exchange.run_slow(command, command.function, *values, **named)
             else:
                 outcome = command.function(*values, **named)
         except BaseException as error:
             return self._decide(self._convert_error(error), request)
-        if request is not None or outcome.__class__ is Deferred:
+        if request is not None:
             return self._decide(outcome, request)
         return outcome
+
+    def _bind(
+        self, command: Command, values: list[Any], named: dict[str, Any], sent: list[tuple[str, Any]] | None
+    ) -> Request | None:
+        """Bind and convert the arguments in place; return the Request, for a command that wants it."""
+        if not command.pass_request:
+            command.bind(values, named, self.dialect)
+            return None
+        sent = sent or [*[("", value) for value in values], *named.items()]
+        command.bind(values, named, self.dialect)
+        request = Request(command.name, sent, self.exchange.peer, self.dialect, self)
+        values.insert(0, request)
+        return request
 
     def _convert_error(self, error: BaseException) -> CommandError:
         """Convert an exception to the error that the peer may see: the command's own, or only that it failed."""
@@ -950,7 +955,7 @@ class Call:
     def _decide(self, outcome: Any, request: Request | None) -> Any:
         """Return OUTCOME if that is the answer, or PENDING where the Deferred answers, or did."""
         if request is not None:
-            request._defer = None
+            request._call = None  # the answer is there, or its Deferred is
         deferred = self.deferred
         if deferred is not None and outcome is deferred:
             return PENDING
@@ -982,16 +987,14 @@ class Call:
                     self._forget(self.deferred)
 
 
-def _start_on_loop(call: Call, function: Callable[..., Any], values: list[Any], named: dict[str, Any]) -> Deferred:
-    """Run an `async def` command on its server's loop, or else on its Interface's; it has no deadline of its own."""
+def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
+    """Make a command of an `async def` function: it runs on an event loop, and has no deadline of its own.
+
+    The loop is that of the server (`async with mi.server(…)`), or else the Interface's.
+    """
     import asyncio
 
-    loop = call.exchange.service.loop or call.exchange.service.interface.loop
-    if loop is None or not loop.is_running():
-        raise Error("no event loop runs: serve it by `async with`, or give Interface(loop=...)")
-    deferred = call.defer(math.inf)
-
-    async def run() -> None:
+    async def run(call: Call, deferred: Deferred, values: Any, named: Any) -> None:
         try:
             outcome = await function(*values, **named)
         except asyncio.CancelledError:
@@ -1002,17 +1005,25 @@ def _start_on_loop(call: Call, function: Callable[..., Any], values: list[Any], 
         if not isinstance(outcome, Deferred):  # which answers in its own time
             deferred.reply(outcome)
 
-    def start() -> None:  # so that the coroutine is made on the loop: one that never gets there leaves no warning
-        deferred.task = loop.create_task(run())
+    def start(request: Request, /, *values: Any, **named: Any) -> Deferred:
+        call: Any = request._call
+        service = call.exchange.service
+        loop = service.loop or service.interface.loop
+        if loop is None or not loop.is_running():
+            raise Error("no event loop runs: serve it by `async with`, or give Interface(loop=...)")
+        deferred: Deferred = call.defer(math.inf)
 
-    loop.call_soon_threadsafe(start)
-    return deferred
+        def start_task() -> None:  # makes the coroutine on the loop: one that never gets there leaves no warning
+            deferred.task = loop.create_task(run(call, deferred, (request, *values) if pass_request else values, named))
+
+        loop.call_soon_threadsafe(start_task)
+        return deferred
+
+    return start
 
 
 class LineCall(Call):
     """A call in the line dialect."""
-
-    __slots__ = ()
 
     def answer(self, data: bytes) -> bytes | None:
         """Return the reply to a datagram; None where there is none, or not yet."""
@@ -1070,7 +1081,6 @@ class LineCall(Call):
 class JsonCall(Call):
     """A call in the JSON-RPC 2.0 dialect; CALL is what was decoded, whether or not it is a Request object."""
 
-    __slots__ = ("id", "is_notification")
     dialect = "json"
 
     def __init__(self, exchange: Exchange, call: Any = None) -> None:
@@ -2350,7 +2360,6 @@ class ServerMixIn(socketserver.BaseServer):
 
     socket: Socket
     current: Handler | None = None  # the one that the leader is in
-    remove_file: Callable[[], object] = staticmethod(lambda: None)  # if there is one and it is still ours
     drain = DRAIN  # datagrams that are still answered at the end
     _state = "idle"  # then "serving", "idle" again, or "closed"
     _close_at_end = False
@@ -2390,7 +2399,7 @@ class ServerMixIn(socketserver.BaseServer):
         )
         self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
         self.buffer = _Buffer(self.service.limit + 1)  # one byte more shows that a request is too long
-        self.outbox = self._outbox(values["socket_timeout"] / 1000, values["max_threads"] // 2)
+        self.outbox = self._outbox(values["socket_timeout"] / 1000, min(values["max_threads"] // 2, values["max_threads"] - 3))
         self._state_changed = threading.Condition()
         with _naming(socket_name):
             super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
@@ -2426,6 +2435,9 @@ class ServerMixIn(socketserver.BaseServer):
 
     def keep_open(self, request: Any) -> None:
         """Learn that the reply to a request comes later."""
+
+    def remove_file(self) -> None:
+        """Remove the socket file, if there is one and it is still ours; takes no lock."""
 
     # ---- life
 
@@ -2823,7 +2835,7 @@ class UnixServer(ServerMixIn, _UnixBase):
             self.socket.bind(path)
             status = os.lstat(path)
         self._file = os.path.abspath(path), status
-        self.remove_file = weakref.finalize(self, _remove_file, *self._file, os.getpid())
+        weakref.finalize(self, _remove_file, *self._file, os.getpid())
         try:
             _set_owner_and_mode(path, status, values)
         except OSError as error:
@@ -2834,8 +2846,11 @@ class UnixServer(ServerMixIn, _UnixBase):
         if SO_PASSCRED:
             self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
 
+    def remove_file(self) -> None:
+        if self._file is not None and not self.service.is_forked:
+            _remove_file(*self._file, os.getpid())
+
     def make_peer(self, request: Any, client_address: Any) -> Peer:
-        """Return who sent a request."""
         return Peer(client_address, request[3])
 
     def get_request(self) -> Any:
