@@ -743,26 +743,31 @@ class Command:
 
 
 class Counter:
-    """A statistic that counts: right from any thread, as each has a cell of its own and needs no lock."""
+    """A statistic that counts, right from any thread."""
 
     def __init__(self) -> None:
-        self._cells: dict[int, int] = {}
-        self._offset = 0
+        self._lock = threading.Lock()
+        self._others = 0  # all that add() counted, less what was there at the last reset, less our looks at _ones
+        # Each request counts two: a step of this iterator is one step of the interpreter, which needs no lock.
+        self._ones = itertools.count()
+        has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+        self.add_one: Callable[[], object] = self._ones.__next__ if has_gil else self.add
 
     def add(self, amount: int = 1) -> None:
         """Count AMOUNT more."""
-        thread = get_ident()
-        try:
-            self._cells[thread] += amount
-        except KeyError:
-            self._cells[thread] = amount
+        with self._lock:
+            self._others += amount
 
     def reset(self) -> None:
         """Count from zero again."""
-        self._offset = -sum(list(self._cells.values()))  # not -=, so that two resets at once agree
+        with self._lock:
+            self._others = -next(self._ones) - 1
 
     def __call__(self) -> int:
-        return sum(list(self._cells.values())) + self._offset
+        with self._lock:
+            ones = next(self._ones)
+            self._others -= 1
+            return ones + self._others + 1
 
 
 # -------------------------------------------------------------------- calls ----
@@ -880,12 +885,10 @@ class Call:
     A class of its own for each dialect reads the call, and writes the outcome (`format`).
     """
 
+    exchange: Exchange
     dialect = "line"
     name = ""  # of the command, as it is registered
     deferred: Deferred | None = None  # made by defer(), and all that a late reply needs with it
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
 
     def format(self, outcome: Any) -> Any:
         """Write what the command returned, or its CommandError; None where no answer is to be sent."""
@@ -1084,7 +1087,7 @@ class JsonCall(Call):
     dialect = "json"
 
     def __init__(self, exchange: Exchange, call: Any = None) -> None:
-        super().__init__(exchange)
+        self.exchange = exchange
         self.id = _json_id(call)
         self.is_notification = _is_call(call) and "id" not in call
 
@@ -1176,7 +1179,9 @@ class Exchange:
                 return None
             if _is_json(data):
                 return self._answer_json(data)
-        return LineCall(self).answer(data)
+        call = LineCall()  # no __init__: each request makes one
+        call.exchange = self
+        return call.answer(data)
 
     def _answer_json(self, data: bytes) -> bytes | None:
         self.call = JsonCall(self)
@@ -1234,10 +1239,13 @@ class Exchange:
             text = self.call.format(self.too_long(len(text), ""))
         return None if text is None else text.encode()
 
-    def replace_too_large(self, length: int) -> bytes | None:
-        """Return what to send in place of a reply of LENGTH bytes, which is too large for the system."""
-        answer = (self.call or LineCall(self)).format(self.too_long(length, ""))
-        return answer.encode() if isinstance(answer, str) else answer
+    def replace_too_large(self, reply: bytes) -> bytes | None:
+        """Return what to send in place of a reply that is too large for the system; None if that is no help."""
+        call: Call = self.call or LineCall()
+        call.exchange = self
+        answer = call.format(self.too_long(len(reply), ""))
+        shorter = answer.encode() if isinstance(answer, str) else answer
+        return shorter if shorter is not None and len(shorter) < len(reply) else None
 
     def complete(self, call: Any, answer: Any) -> None:
         """Take the late answer of a call; send the reply if there is one now."""
@@ -1482,8 +1490,10 @@ class Interface:
         self.statistics["mi_datagram:threads"] = lambda: sum(
             [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
         )
-        self.count_request = self.counter("mi_datagram:requests").add  # these two in every request, so looked up here
-        self.count_reply = self.counter("mi_datagram:replies").add
+        self.count_request = self.counter(
+            "mi_datagram:requests"
+        ).add_one  # these two in every request, so looked up here
+        self.count_reply = self.counter("mi_datagram:replies").add_one
 
     def count(self, name: str) -> None:
         """Count one more in the service's own group of statistics."""
@@ -2148,8 +2158,9 @@ class Outbox:
         except OSError:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
-    def send(self, request: Any, reply: bytes, address: Any) -> None:
-        """Send a reply, or drop, count and log it. Raises OSError (EMSGSIZE) alone: the system sends none so large."""
+    def send(self, asked: Any, reply: bytes) -> None:
+        """Send the reply to what was ASKED (a Handler), or drop, count and log it."""
+        request, address = asked.request, asked.client_address
         try:
             if request[2]:
                 _send_from(request, reply, MSG_DONTWAIT, address)
@@ -2158,9 +2169,11 @@ class Outbox:
         except BlockingIOError as error:
             self._send_later(request, reply, address, error)
         except (OSError, TypeError) as error:  # TypeError: the client has no address
-            if getattr(error, "errno", 0) == errno.EMSGSIZE:
-                raise
-            self._drop(request, address, error)
+            shorter = asked.replace_too_large(reply) if getattr(error, "errno", 0) == errno.EMSGSIZE else None
+            if shorter is None:
+                self._drop(request, address, error)
+            else:
+                self.send(asked, shorter)
         else:
             self._interface.count_reply()
 
@@ -2276,7 +2289,10 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
             server.reply_to(self, reply)
 
     def send(self, reply: bytes | None) -> None:
-        self.server.reply_to(self, reply)
+        if reply is None:
+            self.server.forget(self.request)
+        else:
+            self.server.reply_to(self, reply)
 
     def yield_lead(self) -> None:
         self.server.yield_lead()
@@ -2399,7 +2415,10 @@ class ServerMixIn(socketserver.BaseServer):
         )
         self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
         self.buffer = _Buffer(self.service.limit + 1)  # one byte more shows that a request is too long
-        self.outbox = self._outbox(values["socket_timeout"] / 1000, min(values["max_threads"] // 2, values["max_threads"] - 3))
+        self.outbox = self._outbox(
+            values["socket_timeout"] / 1000, min(values["max_threads"] // 2, values["max_threads"] - 3)
+        )
+        self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
         self._state_changed = threading.Condition()
         with _naming(socket_name):
             super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
@@ -2435,6 +2454,9 @@ class ServerMixIn(socketserver.BaseServer):
 
     def keep_open(self, request: Any) -> None:
         """Learn that the reply to a request comes later."""
+
+    def forget(self, request: Any) -> None:
+        """Learn that a request that was kept open has no reply."""
 
     def remove_file(self) -> None:
         """Remove the socket file, if there is one and it is still ours; takes no lock."""
@@ -2681,16 +2703,6 @@ class ServerMixIn(socketserver.BaseServer):
         if self.interface.log_limit.allows("handler_errors"):
             _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
 
-    def reply_to(self, handler: Handler, reply: bytes | None) -> None:
-        """Send the reply to the request of HANDLER; None: there is none."""
-        if reply is not None:
-            try:
-                self.outbox.send(handler.request, reply, handler.client_address)
-            except OSError:  # EMSGSIZE
-                reply = handler.replace_too_large(len(reply))
-                if reply is not None:
-                    self.outbox.send(handler.request, reply, handler.client_address)
-
 
 _S = typing.TypeVar("_S", bound=ServerMixIn)
 
@@ -2723,6 +2735,7 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
 
     def _prepare(self) -> None:
         super()._prepare()
+        self.reply_to = self._reply_to
         self._running: dict[Any, Any] = {}  # by (digest, address) of each datagram that runs, whose it is
         host = str(self.server_address[0])
         if sys.platform == "linux" and host == "0.0.0.0":
@@ -2747,7 +2760,7 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
             source = _reply_source(ancillary)
         else:
             size, address = self.socket.recvfrom_into(view, 0, MSG_DONTWAIT)
-        data = bytes(view[:size])
+        data = view[:size].tobytes()
         return (data, self.socket, source, (hash(data), address)), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -2765,9 +2778,12 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
     def keep_open(self, request: Any) -> None:
         self._running[request[3]] = PENDING
 
-    def reply_to(self, handler: Handler, reply: bytes | None) -> None:
-        self._running.pop(handler.request[3], None)  # before it is sent: then the client may ask the same again
-        super().reply_to(handler, reply)
+    def _reply_to(self, handler: Handler, reply: bytes) -> None:
+        self.forget(handler.request)  # before it is sent: then the client may ask the same again
+        self.outbox.send(handler, reply)
+
+    def forget(self, request: Any) -> None:
+        self._running.pop(request[3], None)
 
 
 def _reply_source(ancillary: Any) -> Any:
@@ -2863,7 +2879,7 @@ class UnixServer(ServerMixIn, _UnixBase):
             elif kind == SCM_RIGHTS:  # which has no room there; should it get in all the same
                 for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
                     os.close(descriptor)
-        return (bytes(view[:size]), sock, (), credentials), address
+        return (view[:size].tobytes(), sock, (), credentials), address
 
 
 for _kind in (UDPServer, UnixServer):
@@ -3165,7 +3181,8 @@ class _SharedCounter(Counter):
 
     def __init__(self, column: Any, own: int) -> None:
         self._column, self._own = column, own
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self.add_one = self.add
 
     def add(self, amount: int = 1) -> None:
         with self._lock:
