@@ -1396,6 +1396,17 @@ def test_ready_made_rules(folder):
             make(wrong)
 
 
+def test_names_of_sockets_and_looks_of_replies(folder):
+    """A path may be a PathLike, a link-local address keeps its scope, an indent is any text; types name all parameters."""
+    assert [*map(mi_datagram.parse_socket_name, (Path("s"), Path("/a/s"), Path("udp:h:5")))] == ["./s", "/a/s", "./udp:h:5"]
+    assert mi_datagram.parse_socket_name("udp:[fe80::1%lo]:5") == ("fe80::1%lo", 5)
+    assert [str(mi_datagram.Peer(("fe80::1", 5, 0, scope))) for scope in (0, 3)] == ["udp:[fe80::1]:5", "udp:[fe80::1%3]:5"]
+    with interface().server(folder / "s", reply_indent="| ", pretty_printing=True) as server:
+        assert ask(server, b":which:\necho\n") == b"200 OK\n\n" and b"\n| " in ask(server, b":threads:\n")
+        assert rpc(None, "echo", [1], lambda request: ask(server, request)) == [1]
+    assert {*mi_datagram.Parameters.__annotations__} == {*mi_datagram.PARAMETERS}
+
+
 def test_refusals(name, caplog):
     """`authorize` is asked once per call, before lookup and binding; UNIX peers hear 403, UDP peers nothing."""
     asked, silent = [], name.startswith("udp:")
