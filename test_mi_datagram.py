@@ -251,8 +251,6 @@ RECORDED = [
     ("jméno::žluťoučký kůň 🙂".encode(), "jméno:: žluťoučký kůň 🙂\n".encode()),
     (b"\xff\xc0\x80\x85", b"\xff\xc0\x80\x85\n"),
 ]  # fmt: skip
-
-
 PARSE_ERROR = b"400 parse error in command\n"
 
 
@@ -334,18 +332,8 @@ LIMITS = {  # of each dialect a request, its reply, the refusal of a longer requ
              '{"jsonrpc":"2.0","error":{"code":-32600,"message":"Invalid Request"},"id":null}',
              '{"jsonrpc":"2.0","error":{"code":-32603,"message":"Internal error"},"id":7}'),
 }  # fmt: skip
-
-
-class Weird(Exception):
-    def __str__(self):
-        raise ValueError("secret")
-
-
-class Bare(CommandError):
-    def __init__(self):
-        pass
-
-
+Weird = type("Weird", (Exception,), {"__str__": lambda self: 1 / 0})
+Bare = type("Bare", (CommandError,), {"__init__": lambda self: None})
 Gone, Entry = type("Gone", (Reply,), {}), dataclasses.make_dataclass("Entry", [("key", str), ("ttl", object, None)])
 Color, Size = enum.Enum("Color", {"RED": "red"}), enum.IntEnum("Size", "ONE")
 ENDLESS = []
@@ -418,16 +406,12 @@ LATE = [  # what the holder of a Deferred does, its line reply, its answer in JS
     (lambda d: d.fail(404, "Not Found"), b"404 Not Found\n", {"code": 404, "message": "Not Found"}),
     (lambda d: d.reply("x" * 70000), b"500 Internal server error\n", {"code": -32603, "message": "Internal error"}),
 ]  # fmt: skip
-COUNTED = {  # what counts a request of each dialect
+COUNTED = {  # what counts a request of each dialect, or the command and the value that do in both
     "parse_errors": (b":echo:\n::\n", b"{"), "invalid_requests": (b":\n", b"{}"),
-    "unknown_commands": (b":none:\n", b'{"jsonrpc":"2.0","method":"none","id":1}'),
-    "ambiguous_commands": (b":same:\n", b'{"jsonrpc":"2.0","method":"same","id":1}'),
-    "bad_arguments": (b":nothing:\nx\n", b'{"jsonrpc":"2.0","method":"nothing","params":["x"],"id":1}'),
-    "bad_parameters": (b":give:\nx\n", b'{"jsonrpc":"2.0","method":"give","params":["x"],"id":1}'),
-    "command_errors": (b":give:\n404\n", b'{"jsonrpc":"2.0","method":"give","params":[404],"id":1}'),
-    "failed_commands": (b":give:\n-1\n", b'{"jsonrpc":"2.0","method":"give","params":[-1],"id":1}'),
-    "too_long_replies": (b":give:\n70000\n", b'{"jsonrpc":"2.0","method":"give","params":[70000],"id":1}'),
     "too_long_requests": (b":echo:\n" + b"x" * 70000, b'{"method":' + b" " * 70000 + b"}"),
+    "unknown_commands": ("none", 1), "ambiguous_commands": ("same", 1), "bad_arguments": ("nothing", 1),
+    "bad_parameters": ("give", "x"), "command_errors": ("give", 404), "failed_commands": ("give", -1),
+    "too_long_replies": ("give", 70000),
 }  # fmt: skip
 CORE = [
     "arg", "clear_statistics", "debug", "get_statistics", "help", "kill", "list_statistics", "log_level", "ps", "pwd",
@@ -451,47 +435,44 @@ CORE_REPLIES = [  # core commands in the line dialect, and their replies as the 
     ("get_statistics:\ncache:\nother:\n", "cache:hits:: 0\ncache:size:: 7\nother:hits:: 0\n"),
     ("list_statistics:\ncache:\n", "cache:hits:: incremental\ncache:size:: non-incremental\n"),
 ]  # fmt: skip
-BAD_PARAMS = (-32602, "Invalid params")
-BAD_LEVEL, BAD_NUMBER = error(*BAD_PARAMS, "Bad type for parameter 'level'"), error(*BAD_PARAMS, "Too few or too many parameters")
-SELECT = ({"statistics": ["size", "other:"]}, [["size", "other:"]], ["size", "other:"])
-UP = {"Now": DATE, "Up since": DATE, "Up time": r"\d+ \[sec\]"}
-SHAPES = [  # names of a command, its params, its answer in JSON, of each text a pattern: as OpenSIPS 4 and Kamailio 5 have it
-    ("uptime core:uptime", [], UP), ("pwd core:pwd", [], {"WD": re.escape(os.getcwd())}),
-    ("version core:version", {}, {"Server": r"probe \(1\.2\)"}), ("version core.version", ["a", "b"], BAD_NUMBER),
-    ("version", {"x": 1}, error(*BAD_PARAMS, "Named parameters do not match")),
-    ("arg core:arg core.arg", [], [re.escape(argument) for argument in sys.argv]),
-    ("ps core:ps", [], {"Processes": [{"ID": 0, "PID": os.getpid(), "Type": ".+"}, {"ID": 2, "PID": 7,
-     "Type": "child"}]}),
-    ("log_level core:log_level", [], {"Log level": 1}), ("debug core:debug", [], {"DEBUG": 0}),
+BAD_PARAMS, CHILD, GONE = (-32602, "Invalid params"), {"ID": 2, "PID": 7, "Type": "child"}, error(404, ".+ Not Found")
+BAD_LEVEL, BAD_NUMBER = [error(*BAD_PARAMS, why) for why in ("Bad type for parameter 'level'", "Too few or too many parameters")]
+CWD, ARGUMENTS, BOTH = re.escape(os.getcwd()), [*map(re.escape, sys.argv)], {"cache:size": 7, "other:hits": 1}
+SHAPES = [  # names of a command, its params, the answer, of texts a pattern, as OpenSIPS 4 and Kamailio 5 have it
+    ("uptime core:uptime", [], {"Now": DATE, "Up since": DATE, "Up time": r"\d+ \[sec\]"}),
+    ("pwd core:pwd", [], {"WD": CWD}), ("version core:version", {}, {"Server": r"probe \(1\.2\)"}),
+    ("version core.version", ["a", "b"], BAD_NUMBER), ("get_statistics reset", [], BAD_NUMBER),
+    ("arg core:arg core.arg", [], ARGUMENTS),
+    ("version", {"x": 1}, error(*BAD_PARAMS, "Named parameters do not match")), ("debug core:debug", [], {"DEBUG": 0}),
+    ("ps core:ps", [], {"Processes": [{"ID": 0, "PID": os.getpid(), "Type": ".+"}, CHILD]}),
+    ("log_level core:log_level", [], {"Log level": 1}), ("which core:which", ["log_level"], [[], ["level"]]),
     *[("log_level", [level], {"New global log level": int(level)}) for level in (4, "3", 2.0, "-3", "0", "1")],
     *[("log_level debug", [level], BAD_LEVEL) for level in ("x", True, 5, -6, [])],
-    ("which core:which", ["log_level"], [[], ["level"]]), ("which", {"command": "core:kill"}, [[]]),
+    ("which", ["cache:"], ["cache:size"]), ("which", {"command": "core:kill"}, [[]]),
     ("which", ["get_statistics"], [["statistics"]]), ("which", ["list"], [[], ["statistics"]]),
-    ("which", ["take"], [[], ["k"]]),
-    ("which", ["statistics:"], ["statistics:clear", "statistics:get", "statistics:list", "statistics:reset",
-     "statistics:reset_all"]),
-    ("which", ["cache:"], ["cache:size"]), ("which help", ["none:"], error(404, ".+")),
-    ("which help", ["none"], error(404, ".+")),
+    ("which", ["take"], [[], ["k"]]), ("which help", ["none"], GONE),
+    ("which", ["statistics:"], [f"statistics:{name}" for name in ("clear", "get", "list", "reset", "reset_all")]),
     ("help core:help", ["uptime"], {"Help": "Tell the time.*", "Exported by": "core", "Usage": "uptime"}),
-    ("help", {"mi_cmd": "statistics:get"}, {"Help": ".+", "Exported by": "statistics", "Usage": r"get_statistics .+"}),
+    ("help", {"mi_cmd": "statistics:get"}, {"Help": ".+", "Exported by": "statistics", "Usage": "get_statistics .+"}),
     ("help", {"command": "size"}, {"Help": "", "Exported by": "cache", "Usage": "cache:size"}),
-    ("help", ["flush"], {"Help": "Drop the(.*\n)+At most LIMIT.", "Exported by": "probe",
-     "Usage": r"flush ZONE \[LIMIT\]"}),
-    *[("get_statistics statistics:get", params, {"cache:size": 7, "other:hits": 1}) for params in SELECT],
+    ("which", ["none:"], GONE),
+    ("help", ["flush"], {"Help": "D(.*\n)+At most LIMIT.", "Exported by": "probe", "Usage": r"flush ZONE \[LIMIT\]"}),
+    *[("get_statistics statistics:get", params, BOTH)
+     for params in ({"statistics": ["size", "other:"]}, [["size", "other:"]], ["size", "other:"])],
     ("get_statistics", {"statistics": []}, error(*BAD_PARAMS, "Empty array in parameter 'statistics'")),
-    ("get_statistics clear statistics:reset", [], BAD_NUMBER),
-    ("get_statistics list", [["none", "", "none:", "cache", "cache:hit"]], error(404, "Statistics Not Found")),
+    ("get_statistics list", [["none", "", "none:", "cache", "cache:hit"]], GONE),
     ("list_statistics list", [["cache:"]], {"cache:hits": "incremental", "cache:size": "non-incremental"}),
     ("reset_statistics reset", {"statistics": ["cache:"]}, "OK"), ("get", ["hits"], {"cache:hits": 0, "other:hits": 1}),
     ("clear_statistics", ["other:"], {"other:hits": 1}), ("reset_all_statistics reset_all", [], "OK"),
     ("kill core:kill", [], "OK"), ("core.uptime", [], {"now": DATE, "up_since": DATE, "uptime": 0}),
-    ("core.version", [], r"probe \(1\.2\)"),
     ("core.psx", [], [{"IDX": 0, "PID": os.getpid(), "DSC": ".+"}, {"IDX": 2, "PID": 7, "DSC": "child"}]),
-    ("core.pwd", [], [re.escape(os.getcwd())]), ("system.methodHelp", [], error(400, "Method Name Expected")),
+    ("core.version", [], r"probe \(1\.2\)"), ("core.pwd", [], [CWD]), ("system.methodHelp", ["ps"], "List the .+"),
+    ("system.methodHelp", [], error(400, "Method Name Expected")),
     ("system.methodHelp", ["core.uptime"], "Tell the time.+"),
     ("system.methodHelp", ["none"], error(400, "command not found")),
-    ("system.listMethods", [], ["cache:size", "core.arg", "core.psx", "core.pwd", "core.uptime", "core.version",
-     "flush", "stats.fetch", "stats.fetchn", "stats.get_statistics", "system.listMethods", "system.methodHelp", "take"]),
+    ("system.listMethods", [], [
+        "cache:size", "core.arg", "core.psx", "core.pwd", "core.uptime", "core.version", "flush", "stats.fetch", "stats.fetchn",
+        "stats.get_statistics", "system.listMethods", "system.methodHelp", "take"]),
     ("stats.get_statistics", ["cache:", "other:hits"], ["cache:hits = 0", "cache:size = 7", "other:hits = 0"]),
     ("stats.fetch", ["size"], {"cache.size": "7"}), ("stats.fetchn", ["size"], {"cache.size": 7}),
     ("stats.get_statistics", ["none"], []), ("stats.fetch stats.fetchn", ["none"], {}),
@@ -583,15 +564,17 @@ def test_recorded_requests_are_answered_over_a_socket(name):
             assert reply == reference_reader(b":echo:\n" + sent) and server.interface.answer(reply) is None
 
 
-def test_log_says_where_a_request_breaks_the_grammar(caplog):
-    """The peer hears `400`; the log and parse_request's error say what is wrong, and at which byte."""
+def test_errors_say_what_is_wrong_and_where(caplog):
+    """A breach of the grammar is logged with its byte and `400` for the peer; format_request names what it refuses."""
     for arguments, position, what in BREACHES:
         request = b":nothing:\n" + arguments.encode()
-        assert interface().answer(request) == b"400 parse error in command\n"
         with pytest.raises(mi_datagram.RequestError, match=what) as caught:
             mi_datagram.parse_request(request)
-        assert caught.value.position == position + 10
+        assert caught.value.position == position + 10 and interface(core=[]).answer(request) == PARSE_ERROR
         assert re.search(rf"{what}.* at byte {position + 10}'", caplog.records[-1].getMessage())
+    for command, values, named, culprit in REFUSED:
+        with pytest.raises(mi_datagram.RequestError, match=re.escape(culprit)):
+            mi_datagram.format_request(command, *values, **named)
 
 
 def random_text(rng, alphabet):
@@ -616,13 +599,6 @@ def test_requests_come_back_from_their_bytes():
             assert not impossible and request.command == command
             assert request.arguments == [("", value) for value in values] + list(named.items())
     assert 2_000 < refused < 18_000
-
-
-def test_format_request_names_what_it_refuses():
-    """The text of the error has what cannot be written."""
-    for command, values, named, culprit in REFUSED:
-        with pytest.raises(mi_datagram.RequestError, match=re.escape(culprit)):
-            mi_datagram.format_request(command, *values, **named)
 
 
 def test_replies_come_back_from_their_bytes():
@@ -713,13 +689,13 @@ def test_batches_and_notifications():
     mi.command(lambda n: calls.append(n), name="tick")
     mi.command(lambda length: "x" * length, name="fill")
 
-    def answers(method, values):
+    def batch(method, values):
         made = [{"jsonrpc": "2.0", "method": method, "params": [n], "id": n} for n in values]
         return json.loads(mi.answer(json.dumps(made).encode()))
 
-    assert [answer["id"] for answer in answers("tick", range(64))] == calls == list(range(64))
-    assert answers("tick", range(65))["error"]["code"] == -32600 and len(calls) == 64
-    assert len(answers("fill", [30000, 30001])) == 2 and answers("fill", [40000, 40001])["error"]["code"] == -32603
+    assert [answer["id"] for answer in batch("tick", range(64))] == calls == list(range(64))
+    assert batch("tick", range(65))["error"]["code"] == -32600 and len(calls) == 64
+    assert len(batch("fill", [30000, 30001])) == 2 and batch("fill", [40000, 40001])["error"] == TOO_LONG[1]
     for call in ('"tick","params":["x"]', '"tick","params":{"n":"y"}', '"tick"', '"none"', '"fill","params":["x"]'):
         assert mi.answer(f'{{"jsonrpc":"2.0","method":{call}}}'.encode()) is None
     assert calls[64:] == ["x", "y"]
@@ -809,18 +785,15 @@ def test_annotations_of_odd_parameters():
     """An annotation that is a text is read at registration; a name is for one value; those of stars hold for each."""
     names = {"got": [], "Kind": int}
     exec("def take(a: 'Kind'): got.append(a)", names)
-    mi = interface()
+    mi = interface(core=[])
     mi.command(names["take"])
     names["Kind"], names["take"].__annotations__["a"] = bool, "bool"
     assert (mi.answer(b":take:\n5\n"), names["got"]) == (b"200 OK\n", [5])
-    mi, calls = taker("a='d', *b: int, **c: bool")
-    assert mi.answer(b":take:\na::1\na::2\n") == b"400 Too few or too many arguments\n"
-    assert mi.answer(b":take:\nx::no\nx::yes\nv\n1\n2\n") == mi.answer(b":take:\na::v\nx::no\n") == b"200 OK\n"
-    assert mi.answer(b":take:\nv\nx\n") == mi.answer(b":take:\nx::7\n") == b"400 Bad parameter\n"
-    assert calls == [{"a": "v", "b": (1, 2), "c": {"x": True}}, {"a": "v", "b": (), "c": {"x": False}}]
-    mi, calls = taker("a: int, /, **c")
-    mi.answer(b":take:\n5\na::x\n")
-    assert calls == [{"a": 5, "c": {"a": "x"}}]
+    mi, calls = taker("a: str = 'd', /, *b: int, k: int = 0, **c: bool")
+    for arguments in ("k::1\nk::2", "v\nx", "x::7", "v\na::7"):
+        assert mi.answer(f":take:\n{arguments}\n".encode())[:3] == b"400"
+    assert mi.answer(b":take:\nx::no\nx::yes\nv\n1\n2\n") == mi.answer(b":take:\na::no\nk::3\n") == b"200 OK\n"
+    assert calls == [{"a": "v", "b": (1, 2), "k": 0, "c": {"x": True}}, {"a": "d", "b": (), "k": 3, "c": {"a": False}}]
 
 
 def test_request_as_a_command_sees_it():
@@ -851,7 +824,11 @@ def test_registering_commands():
 
 def test_groups_of_commands():
     """`group:name` is called by its whole name in JSON, and by `name` in both dialects where no other has it."""
-    mi, other, line_refused = Interface(core=["ps", "list_statistics"]), Interface(), b"500 command not available\n"
+    mi, other = Interface(core=["ps", "list_statistics"]), Interface()
+
+    def add(*names, to=mi, says=None):
+        for name in names:
+            to.command(lambda text=says or name: text, name=name, replace=True)
 
     def called(name):
         return mi.answer(f":{name}:\n".encode()).decode()[7:-1], rpc(mi, name)
@@ -859,19 +836,17 @@ def test_groups_of_commands():
     def ambiguous(*names):
         return error(-32001, "Method ambiguous", f"supported names: {', '.join(names)}")
 
-    for name in ("a:flush", "a:list", "a:ps"):
-        mi.command(lambda name=name: name, name=name)
+    add("a:flush", "a:list", "a:ps")
     assert called("flush") == ("a:flush", "a:flush") and rpc(mi, "a:flush") == "a:flush"
     assert called("list") == ("a:list", ambiguous("a:list", "statistics:list"))  # the core's group is for JSON alone
-    assert rpc(mi, "which", []) == NOT_FOUND and rpc(mi, "ps") == rpc(mi, "core:ps") != rpc(mi, "a:ps") == "a:ps"
-    other.command(lambda: "b:flush", name="b:flush")
+    assert rpc(mi, "which") == NOT_FOUND and rpc(mi, "ps") == rpc(mi, "core:ps") != rpc(mi, "a:ps") == "a:ps"
+    add("b:flush", to=other)
     mi.include(other)
-    for name in ("b:flush", "new"):
-        assert rpc(mi, "b:flush") == name and mi.answer(b":flush:\n") == line_refused
+    for says in ("b:flush", "new"):
+        assert rpc(mi, "b:flush") == says and mi.answer(b":flush:\n") == b"500 command not available\n"
         assert rpc(mi, "flush") == ambiguous("a:flush", "b:flush")
-        mi.command(lambda: "new", name="b:flush", replace=True)
-    for name in ("flush", "core.psx", "list_statistics"):
-        mi.command(lambda name=name: name, name=name, replace=True)
+        add("b:flush", says="new")
+    add("flush", "core.psx", "list_statistics")
     assert called("flush") == ("flush", "flush") and rpc(mi, "core.psx") == "core.psx"
     assert rpc(mi, "statistics:list") == NOT_FOUND and rpc(mi, "list") == "a:list"  # the core's is replaced
     mi.add_core(["which"])
@@ -895,14 +870,10 @@ def test_interfaces_are_merged():
 
 def test_failure_that_has_no_traceback_is_logged(monkeypatch, caplog):
     """Where no traceback can be made, for want of a descriptor, the log still says what a command raised."""
-    mi = interface()
+    mi = interface(core=[])
     mi.command(lambda: 1 / 0, name="fails")
-
-    def format_exception(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
-
     with monkeypatch.context() as patch:
-        patch.setattr("traceback.format_exception", format_exception)
+        patch.setattr("traceback.format_exception", lambda *_: os.open("/no/such/file", os.O_RDONLY))
         assert mi.answer(b":fails:\n") == b"500 command failed\n"
     assert "ZeroDivisionError: division by zero" in caplog.text
 
@@ -1389,7 +1360,9 @@ def test_each_kind_of_error_is_counted(statistic):
 
     for name in ("a:same", "b:same"):
         mi.command(give, name=name)
-    assert all(map(mi.answer, COUNTED[statistic]))
+    one, other = COUNTED[statistic]
+    assert mi.answer(mi_datagram.format_request(one, other) if isinstance(one, str) else one)
+    assert rpc(mi, one, [other])["code"] if isinstance(one, str) else mi.answer(other)
     counts = {kind: count(mi, kind) for kind in (*COUNTED, "requests", "replies", "forbidden", "not_requests")}
     assert {kind: number for kind, number in counts.items() if number} == {"requests": 2, statistic: 2}
 
@@ -1436,8 +1409,7 @@ def test_refusals(name, caplog):
             sock.sendto(request, server.server_address)
             answers = b"" if silent else sock.recv(10_000)
             assert answers.count(b"403") == answers.count(b"Forbidden") == (0 if silent else len(commands))
-            assert ask(server, b":echo:\n", sock) == b"200 OK\n"
-            assert asked == [*commands, "echo"]
+            assert ask(server, b":echo:\n", sock) == b"200 OK\n" and asked == [*commands, "echo"]
             asked.clear()
         refused = sum([len(commands) for _, commands in FORBIDDEN])
         assert count(server, "forbidden") == caplog.text.count("forbidden") == refused
@@ -1454,17 +1426,18 @@ def test_audit(name, caplog):
     caplog.set_level(logging.INFO, "mi_datagram.audit")
     mi = interface()
     mi.command(lambda: None, name="a\rb")
-    calls = [{"jsonrpc": "2.0", "method": m, "id": 1} for m in ("echo", "a\rb", "a\rb", "none")]
+    calls = [{"jsonrpc": "2.0", "method": m, "id": 1} for m in ("echo", "a\rb", "a\rb", "none", "statistics:reset_all")]
     with serving(mi, name) as server, client_socket(server, connect=True) as sock:
         for request in (b":a\rb:\n", b":echo:\n", json.dumps(calls).encode()):
             ask(server, request, sock)
         peer = str(sock.getsockname()[1] if name.startswith("udp:") else os.getpid())
     lines = [record.getMessage() for record in caplog.records if record.name == "mi_datagram.audit"]
-    assert len(lines) == 3 and all(r"a\rb" in line and peer in line and line.isprintable() for line in lines)
+    assert [line.split("'")[1] for line in lines] == [r"a\rb"] * 3 + ["reset_all_statistics"]
+    assert all(peer in line and line.isprintable() for line in lines)
 
 
 def test_no_peer_forges_a_line_in_the_log(caplog):
-    """Whatever a peer sends, no line of the log begins with it, and control characters are escaped."""
+    """Whatever a peer sends, no line of the log begins with it or is as long, and control characters are escaped."""
     caplog.set_level(logging.DEBUG, "mi_datagram")
     mi, evil = interface(), "\nFORGED\r\x1b[2J\x85\u2028%s{0}"
 
@@ -1472,21 +1445,14 @@ def test_no_peer_forges_a_line_in_the_log(caplog):
     def burst(text, number: int = 0):
         raise ValueError(text) if number else CommandError(404, text, text)
 
-    calls = [("burst", params) for params in ([evil], [evil, 1], ["", evil], {evil: 1})]
-    for method, params in [*calls, (evil, [])]:
+    for method, params in [*[("burst", params) for params in ([evil], [evil, 1], ["", evil], {evil: 1})], (evil, [])]:
         assert rpc(mi, method, params)["code"]
         assert mi.answer(f':{method}:\n{evil}::"{evil}"\n"{evil}"'.encode())[:1] in b"45"
     for request in ('{"' + evil, evil, f':burst:\n"{evil}', f':burst:\n"{evil}"\n', f':burst:\n"{evil}"\n1\n'):
         assert mi.answer(request.encode())
-    assert len(caplog.records) > 15
+    assert mi.answer(b":" + b"x" * 60000 + b":\n") == b"500 command not available\n" and len(caplog.records) > 15
     lines = "\n".join([record.getMessage() for record in caplog.records]).split("\n")
-    assert all(line.isprintable() and not line.startswith("FORGED") for line in lines)
-
-
-def test_log_lines_are_not_as_long_as_a_peer_likes(caplog):
-    """The log shows the beginning of what a peer sent."""
-    assert interface().answer(b":" + b"x" * 60000 + b":\n") == b"500 command not available\n"
-    assert 0 < len(caplog.text) < 1000
+    assert all(line.isprintable() and not line.startswith("FORGED") and len(line) < 1000 for line in lines)
 
 
 def test_program_without_logging_hears_nothing(folder):
