@@ -1269,7 +1269,8 @@ class Interface:
     def names(self, dialect: str) -> dict[str, Command]:
         """Return what a dialect can call, by name, and of the names in Kamailio 5 none."""
         if dialect == "line":
-            return {line[1:-1].decode("utf-8", "surrogateescape"): one for line, one in self.first_lines.items()}
+            lines = list(self.first_lines.items())
+            return {line[1:-1].decode("utf-8", "surrogateescape"): command for line, command in lines}
         found = {}
         for name in {*self.commands, *self._local_names, *self._core_names}:
             with contextlib.suppress(_Fault):  # it means several, or one of the core's that was replaced
@@ -1523,9 +1524,8 @@ class _Core:
 
     def list_methods(self) -> Any:
         """List Kamailio's names of the core commands, and the program's own commands."""
-        commands = self._interface.commands.values()
-        names = [[*CORE[one.name][1]] if one.core else [one.name] for one in commands]
-        return sorted(itertools.chain(*names))
+        commands = list(self._interface.commands.values())
+        return sorted(itertools.chain(*[CORE[one.name][1] if one.core else [one.name] for one in commands]))
 
     def method_help(self, name: str | None = None) -> Any:
         """Say what the command NAME does."""
