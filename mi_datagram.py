@@ -655,13 +655,12 @@ class Command:
         self._by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self.parameters = parameters[int(pass_request) :]  # those that a peer may give
         self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
-        self._plan = functools.lru_cache(maxsize=16)(self._plan_call)
+        self._plan = functools.lru_cache(maxsize=16)(self._plan_call)  # of the last shapes: no peer fills the memory
         self.ready: dict[str, set[int]] = {"line": set(), "json": set()}  # numbers of values that need no bind()
 
     def bind(self, values: list[Any], named: dict[str, Any], dialect: str) -> None:
         """Check VALUES and NAMED against the signature and convert them in place, or raise a _Fault."""
-        plan = self._plan if len(values) + len(named) < 16 else self._plan_call  # no peer fills the memory
-        for place, parameter, kind, optional in plan(len(values), (*named,), dialect):
+        for place, parameter, kind, optional in self._plan(len(values), (*named,), dialect):
             holder: Any = values if place.__class__ is int else named
             try:
                 holder[place] = _convert(kind, optional, holder[place])
