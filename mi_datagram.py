@@ -616,6 +616,8 @@ def _convert(kind: Any, optional: bool, value: Any) -> Any:
 
 def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, bool] | None:
     """Return (int, float, bool or str; whether Optional), or None for any other annotation."""
+    if annotation in (inspect.Parameter.empty, "Any"):
+        return None
     if isinstance(annotation, str) and "|" in annotation:  # which has no meaning on Python 3.9
         annotation = f"Union[{annotation.replace('|', ',')}]"
     plain: Any = inspect.unwrap(function)
@@ -1356,8 +1358,8 @@ class Interface:
 
     def _core_command(self, name: str, function: Callable[..., Any]) -> Command:
         """Make a core command of a FUNCTION, which gets the Request if it has a parameter of that name."""
-        wants_request = "request" in inspect.signature(function).parameters
-        return Command(name, function, wants_request, read_only=name not in CORE_CHANGING, core=True)
+        plain: Any = inspect.unwrap(function)
+        return Command(name, function, "request" in plain.__code__.co_varnames, name not in CORE_CHANGING, core=True)
 
     def server(self, socket_name: str | os.PathLike[str], **options: Unpack[_ServerOptions]) -> UnixServer | UDPServer:
         """Make a server of these commands: a UnixServer or a UDPServer; help() of these lists the PARAMETERS."""
@@ -1550,8 +1552,7 @@ class _Core:
                 audit.setLevel(audit.getEffectiveLevel())
             logger.setLevel(levels[level])
             self._interface.level_changed(levels[level])
-        effective = logger.getEffectiveLevel()
-        return next((number for number, at_least in levels.items() if effective <= at_least), min(levels))
+        return next((number for number, low in levels.items() if logger.getEffectiveLevel() <= low), min(levels))
 
     def get_statistics(self, statistics: Any, *more: Any) -> Any:
         """Tell the statistics called `group:name` or `name`, those of a `group:`, or `all`."""

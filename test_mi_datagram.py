@@ -828,7 +828,7 @@ def test_registering_commands():
 
 def test_groups_of_commands():
     """`group:name` is called by its whole name in JSON, and by `name` in both dialects where no other has it."""
-    mi, other = Interface(core=["ps", "list_statistics"]), Interface()
+    mi, other = Interface(core=["ps", "list_statistics", "help"]), Interface()
 
     def add(*names, to=mi, says=None):
         for name in names:
@@ -848,14 +848,14 @@ def test_groups_of_commands():
     mi.include(other)
     for says in ("b:flush", "new"):
         assert rpc(mi, "b:flush") == says and mi.answer(b":flush:\n") == b"500 command not available\n"
-        assert rpc(mi, "flush") == ambiguous("a:flush", "b:flush")
+        assert rpc(mi, "flush") == rpc(mi, "help", ["flush"]) == ambiguous("a:flush", "b:flush")
         add("b:flush", says="new")
     add("flush", "core.psx", "list_statistics")
     assert called("flush") == ("flush", "flush") and rpc(mi, "core.psx") == "core.psx"
     assert rpc(mi, "statistics:list") == NOT_FOUND and rpc(mi, "list") == "a:list"  # the core's is replaced
     mi.add_core(["which"])
-    here = ["core.psx", "flush", "list", "list_statistics", "ps", "which"]
-    assert rpc(mi, "which") == sorted([*here, "a:flush", "a:list", "a:ps", "b:flush", "core:ps", "core:which"])
+    here = ["core.psx", "flush", "help", "list", "list_statistics", "ps", "which"]
+    assert rpc(mi, "which") == sorted([*here, "a:flush", "a:list", "a:ps", "b:flush", "core:help", "core:ps", "core:which"])
     assert mi.answer(b":which:\n").decode().split("\n")[1:-1] == here
 
 
