@@ -688,7 +688,7 @@ class Command:
                 place = bound[parameter]
                 places = place.values() if isinstance(place, dict) else place if isinstance(place, tuple) else [place]
                 plan += [(place, parameter, kind, optional) for place in places]
-        if not plan and not names and count < 16:
+        if not (plan or names or self.pass_request) and count < 16:
             self.ready[dialect].add(count)
         return plan
 

@@ -335,7 +335,7 @@ LIMITS = {  # of each dialect a request, its reply, the refusal of a longer requ
 Weird = type("Weird", (Exception,), {"__str__": lambda self: 1 / 0})
 Bare = type("Bare", (CommandError,), {"__init__": lambda self: None})
 Gone, Entry = type("Gone", (Reply,), {}), dataclasses.make_dataclass("Entry", [("key", str), ("ttl", object, None)])
-Color, Size = enum.Enum("Color", {"RED": "red"}), type("Size", (int,), {"__str__": lambda self: "no number"})
+Color = enum.Enum("Color", {"RED": "red"})
 ENDLESS = []
 ENDLESS.append(ENDLESS)
 TREES = [  # what a command returns, or a function that makes it; its reply below `200 OK`; its result in JSON
@@ -360,8 +360,10 @@ TREES = [  # what a command returns, or a function that makes it; its reply belo
     ([Entry("k", {1})], "\n\tkey:: k\n\tttl:: \n\t\t1\n", [{"key": "k", "ttl": [1]}]),
     ({"a": datetime.date(2026, 1, 2)}, "a:: 2026-01-02\n", {"a": "2026-01-02"}),
     ([Decimal("1.50")], "1.50\n", ["1.50"]), (uuid.UUID(int=5), f"{uuid.UUID(int=5)}\n", str(uuid.UUID(int=5))),
-    (Path("/a"), "/a\n", "/a"), (Color.RED, "Color.RED\n", "Color.RED"), (Size(1), "1\n", 1),
-    (b"\xc3\xa9", "é\n", "é"), (enum.Enum("Kind", {"A": "a"}, type=str).A, "a\n", "a"),
+    (Path("/a"), "/a\n", "/a"), (Color.RED, "Color.RED\n", "Color.RED"),
+    (b"\xc3\xa9", "é\n", "é"),
+    *[(type("Odd", (kind,), {"__str__": lambda self: "odd"})(value), f"{value}\n", value)
+      for kind, value in ((int, 1), (float, 0.5), (str, "a"))],
     ([bytearray(b"a"), memoryview(b"b")], "a\nb\n", ["a", "b"]),
 ]  # fmt: skip
 NOT_FOUND, FAILED = error(-32601, "Method not found"), ("500 command failed\n", error(-32000, "Server error"))
