@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: 0BSD
 """Tests of mi_datagram, in the order of its sections: tables first, then helpers, then section by section.
 
-`python3 test_mi_datagram.py` runs everything on every Python there is (it fetches tox into .venv);
-`python -m pytest` runs the tests on one.
+`python3 test_mi_datagram.py` runs everything on every Python there is (it fetches tox into .venv, for which Debian
+needs python3-venv); `python -m pytest` runs the tests on one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,43 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
-def run_tox(arguments):
-    """Run tox, from an environment of its own beside this file, with these arguments; give its exit status."""
+def make_tox(home, python):
+    """Make an environment with tox at HOME; raise OSError or CalledProcessError where that fails."""
+    import importlib.util
     import venv
 
-    home = HERE / ".venv"
+    if importlib.util.find_spec("ensurepip") is None:
+        raise OSError("this Python has no ensurepip; on Debian and Ubuntu: apt install python3-venv")
+    venv.create(home, clear=True, with_pip=True)
+    command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "tox"]
+    subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True)
+
+
+def run_tox(arguments):
+    """Run tox with these arguments, from an environment of its own that the first run makes; return its exit status.
+
+    That is made beside this file or, where the folder cannot be written, in the user's cache.
+    """
+    import shutil
+
+    place, environment = HERE, dict(os.environ)
+    if not os.access(HERE, os.W_OK):
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "mi_datagram")
+        environment["TOX_WORK_DIR"] = str(place / ".tox")
+    home = place / ".venv"
     python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if not python.exists():
-        venv.create(home, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "tox"], check=True)
+    complete = home / "complete"
+    if not (complete.exists() and python.exists()):  # one that is half-made is made anew
+        try:
+            make_tox(home, python)
+            complete.touch()
+        except (OSError, subprocess.CalledProcessError) as error:
+            shutil.rmtree(home, ignore_errors=True)
+            *_, reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            print(f"no environment for tox could be made in {home}: {reason}", file=sys.stderr)
+            return 2
     arguments = arguments or ["run-parallel", "--parallel", "2", "--parallel-no-spinner"]
-    return subprocess.run([python, "-m", "tox", *arguments], cwd=HERE, check=False).returncode
+    return subprocess.run([python, "-m", "tox", *arguments], cwd=HERE, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":  # before pytest is needed, which a fresh machine does not have
@@ -3637,6 +3663,53 @@ CANNOT_SERVE = [  # what a loaded file does to the children, and what the log sa
      "Too many open files"),
 ]
 
+FORKS = """
+import logging, multiprocessing, os, threading, time
+import mi_datagram
+
+mi = mi_datagram.Interface()
+context = multiprocessing.get_context("fork")
+
+def work(name):
+    logging.error("at work on %s", name)
+    while os.path.exists(name):
+        time.sleep(0.002)
+
+def start(function, argument):
+    process = context.Process(target=function, args=(argument,))
+    process.start()
+    return process
+
+def fork_in_the_parent():
+    while not os.path.exists("parent"):
+        time.sleep(0.002)
+    start(work, "parent").join()
+
+threading.Thread(target=fork_in_the_parent, daemon=True).start()
+
+@mi.command
+def terminated():
+    process = start(time.sleep, 60)
+    process.terminate()
+    process.join()
+    return process.exitcode
+
+@mi.command
+def given_up():
+    with context.Pool(2) as pool:
+        try:
+            pool.apply_async(time.sleep, (60,)).get(0.01)
+        except multiprocessing.TimeoutError:
+            return "given up"
+
+@mi.command
+def hold_in_fork(name):
+    open(name, "w").close()
+    process = start(work, name)
+    process.join()
+    return process.exitcode
+"""
+
 # Passes on a socket as systemd does: as descriptor 3 of a process that keeps its PID.
 LAUNCHER = """import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -4135,6 +4208,117 @@ def test_second_signal(folder, how, children):
         assert not (folder / "s").exists()
 
 
+@pytest.mark.parametrize("children", [1, 2])
+def test_signals_to_what_a_command_forked(folder, children):
+    """A signal to a process that a command forked ends it, as by default, and the server goes on; it can log."""
+    (folder / "forks.py").write_text(FORKS)
+    path = folder / "s"
+    with ops_process(folder, "--load", "forks.py", "--children_count", children) as server:
+        assert {values(path, "terminated")[0] for _ in range(10)} == {"-15"}
+        assert values(path, "given_up") == ["given up"]
+        with post(path, b":hold_in_fork:\nheld\n") as sock:
+            wait_until(lambda: "at work on held" in "".join(server.log))
+            os.killpg(server.pid, signal.SIGTERM)
+            assert sock.recv(100) == b"200 OK\n-15\n"
+        assert server.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize("how", ["SIGTERM twice", "read again", "SIGKILL"])
+@pytest.mark.parametrize("children", [1, 2])
+def test_stderr_that_nobody_reads(folder, children, how):
+    """A pipe that nobody reads delays no reply and no end; once it is read again, a line tells how many were lost."""
+    (folder / "short.py").write_text(
+        "import mi_datagram\nmi_datagram.LOG_QUEUE = mi_datagram.AUDIT_QUEUE = 10\nmi = mi_datagram.Interface()\n")
+    path = folder / "s"
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    arguments = ["-s", path, "--load", "ops.py", "--load", "short.py", "--children_count", children]
+    (folder / "ops.py").write_text(OPS)
+    server = subprocess.Popen([*MI, *map(str, arguments)], stderr=writing, cwd=folder, start_new_session=True)
+    try:
+        os.close(writing)
+        wait_until(lambda: b"listening" in os.read(reading, 4096))
+        _, *serving = processes(path, children + (children > 1))
+        for child in serving or [server.pid]:
+            with alone(child, serving):
+                assert [values(path, "who") for _ in range(200)] == 200 * [[str(child)]]
+        if how == "read again":
+            said = b""
+            while b" log lines were lost\n" not in said:
+                values(path, "nothing")
+                said += os.read(reading, 4096)
+        with post(path, b":hold:\nheld\n"):
+            wait_until((folder / "held").exists)
+            server.send_signal(signal.SIGKILL if how == "SIGKILL" else signal.SIGTERM)
+            wait_until(lambda: not client_answers(path))
+            server.terminate()
+            server.wait(10)
+        wait_until(lambda: not left_of(server.pid), deadline=10)
+        assert not path.exists() or (how, children) == ("SIGKILL", 1)
+    finally:
+        os.close(reading)
+        for pid in left_of(server.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("children", [1, 2])
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", ">&- 2>&- <&-"])
+def test_stderr_that_takes_nothing(folder, redirection, children):
+    """It serves also where stderr is closed or a full disk, and no descriptor of ours is taken for it."""
+    (folder / "ops.py").write_text(OPS)
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", *MI, "-s", "./s", "--load", "ops.py"]
+    server = subprocess.Popen([*command, "--children_count", str(children)], cwd=folder, stdout=subprocess.PIPE)
+    try:
+        wait_until(lambda: server.poll() is not None or (folder / "s").exists())
+        assert values(folder / "s", "echo", "a") == ["a"]
+        assert not os.readlink(f"/proc/{server.pid}/fd/2").startswith("socket")
+        server.terminate()
+        assert server.wait(DEADLINE) == 0 and server.stdout.read() == b""
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+def test_log_writer(monkeypatch):
+    """Lines wait in their order; beyond a bound they are lost, those of the audit last; at the end it waits for them."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    monkeypatch.setattr(mi_datagram, "STDERR", writing)
+    monkeypatch.setattr(mi_datagram, "LOG_QUEUE", 10)
+    monkeypatch.setattr(mi_datagram, "AUDIT_QUEUE", 15)
+    monkeypatch.setattr(mi_datagram, "LOG_DEADLINE", 0.1)
+    writer = mi_datagram.LogWriter()
+
+    def write(name, text, *arguments):
+        writer.handle(logging.LogRecord(name, logging.INFO, "", 0, text, arguments, None))
+
+    write("x", 5000 * "x")
+    for number in range(20):
+        write("x", "line %d", number)
+    for number in range(20):
+        write("mi_datagram.audit", "audit %d", number)
+    before = time.monotonic()
+    writer.flush()
+    assert 0.1 <= time.monotonic() - before < 1
+    said = b""
+    while b"audit 4\n" not in said:
+        assert select.select([reading], [], [], DEADLINE)[0]
+        said += os.read(reading, 4096)
+    write("x", "%d is no number", "this")
+    monkeypatch.setattr(mi_datagram, "LOG_DEADLINE", DEADLINE)
+    writer.flush()
+    said += os.read(reading, 4096)
+    assert re.findall(rb"(?:line|audit) \d+\n", said) == [
+        *[b"line %d\n" % number for number in range(9)], *[b"audit %d\n" % number for number in range(5)]]
+    assert b"26 log lines were lost" in said and b"x: '%d is no number' cannot be formatted" in said
+    os.close(writing)
+    write("x", "lost")
+    writer.flush()
+    assert os.read(reading, 1) == b""
+    os.close(reading)
+
+
 def test_ended_as_soon_as_started(folder):
     """Servers that are ended as soon as their socket file is there leave no file and no process."""
     for children in ("1", "2"):
@@ -4228,6 +4412,23 @@ def test_killed_child_is_replaced(folder):
         for child in now:
             with alone(child, now):
                 assert values(path, "who") == [str(child)]
+
+
+def test_children_that_die_young(folder):
+    """A child that dies within a second of its start is replaced after a pause, which doubles; `ps` leaves it out."""
+    pauses = []
+    with ops_process(folder, "--children_count", 2):
+        _, *children = processes(folder / "s")
+        for _ in range(4):
+            with alone(children[1], children):
+                values(folder / "s", "who")
+            os.kill(children[1], signal.SIGKILL)
+            begin = time.monotonic()
+            assert processes(folder / "s", 2)[1] == children[0]
+            _, *children = processes(folder / "s")
+            pauses.append(time.monotonic() - begin)
+    assert all(pause >= least for pause, least in zip(pauses[1:], (0.1, 0.2, 0.4))), pauses
+    assert pauses[3] < 3
 
 
 def test_child_that_cannot_be_forked(folder):
@@ -4380,14 +4581,16 @@ def test_children_gone_before_the_parent_was_told(folder, number):
 
 
 def test_killed_parent(folder):
-    """When the parent is killed its children end by themselves, whatever runs, and the socket file goes."""
-    arguments = ["--children_count", 3, "--socket_timeout", "600000"]
+    """When the parent is killed its children end by themselves, whatever runs or was forked; the socket file goes."""
+    (folder / "forks.py").write_text(FORKS)
+    arguments = ["--load", "forks.py", "--children_count", 3, "--socket_timeout", "600000"]
     with ops_process(folder, *arguments) as server, post(folder / "s", b":hold:\nheld\n"):
         processes(folder / "s", 4)
-        wait_until((folder / "held").exists)
+        (folder / "parent").touch()
+        wait_until(lambda: (folder / "held").exists() and "at work on parent" in "".join(server.log))
         server.kill()
-        wait_until(lambda: not left_of(server.pid), deadline=10)
-        assert not (folder / "s").exists()
+        wait_until(lambda: len(left_of(server.pid)) == 1 and not (folder / "s").exists(), deadline=10)
+        (folder / "parent").unlink()
 
 
 # ---- who is asking
@@ -4442,14 +4645,15 @@ def test_passed_socket(folder, host, children):
         assert host or stat.S_IMODE(path.stat().st_mode) == 0o604
 
 
-@pytest.mark.parametrize("count, kind, name", [
-    (2, socket.SOCK_DGRAM, None), (1, socket.SOCK_STREAM, None), (1, socket.SOCK_DGRAM, "\0mi-test"), (1, None, None),
+@pytest.mark.parametrize("count, family, kind, name", [
+    (2, socket.AF_UNIX, socket.SOCK_DGRAM, None), (1, socket.AF_UNIX, socket.SOCK_STREAM, None), (1, None, None, None),
+    (1, socket.AF_UNIX, socket.SOCK_DGRAM, f"\0mi-test.{os.getpid()}"), (1, socket.AF_NETLINK, socket.SOCK_DGRAM, (0, 0)),
 ])
-def test_passed_socket_refused(count, kind, name):
-    """Several sockets, none, one that is none for datagrams or has an abstract name, are one line and exit status 2."""
-    with open(os.devnull) if kind is None else socket.socket(socket.AF_UNIX, kind) as passed:
+def test_passed_socket_refused(count, family, kind, name):
+    """Several sockets, none, or one that is of another kind or has an abstract name, are one line and exit status 2."""
+    with open(os.devnull) if family is None else socket.socket(family, kind) as passed:
         if name:
-            passed.bind(f"{name}.{os.getpid()}")
+            passed.bind(name)
         with process(passed.fileno(), count, command=(sys.executable, "-c", LAUNCHER), pass_fds=[passed.fileno()]) as server:
             assert server.wait(DEADLINE) == 2
         assert len(server.log) == 1 and "LISTEN_FDS" in server.log[0]
@@ -4487,6 +4691,21 @@ def test_what_other_clients_read():
     for method in ("ps", "uptime", "which"):
         reply = interface().answer(b'{"jsonrpc":"2.0","method":"%b","id":1}' % method.encode())
         assert len(reply) <= 1500 and "result" in json.loads(reply)
+
+
+# ---- the tests on a machine that lacks something
+
+
+def test_tox_cannot_be_had(folder):
+    """Where tox cannot be had one line says why, and an environment that is half-made is made anew, or goes."""
+    shutil.copy(__file__, folder / "test.py")
+    half_made = folder / ".venv" / "bin" / "python"
+    half_made.parent.mkdir(parents=True)
+    half_made.symlink_to(sys.executable)
+    script = "import runpy, sys; sys.modules['ensurepip'] = None; runpy.run_path('test.py', run_name='__main__')"
+    done = run(sys.executable, "-c", script, cwd=folder)
+    assert (done.returncode, done.stderr.count("\n"), os.listdir(folder)) == (2, 1, ["test.py"]), done.stderr
+    assert "apt install python3-venv" in done.stderr
 
 
 # ------------------------------------------------------------------- fuzz ----
