@@ -2516,10 +2516,9 @@ def activated_socket() -> socket.socket | None:
         sock = socket.socket(fileno=3)
     except OSError as error:
         raise ParameterError(f"LISTEN_FDS: descriptor 3 is no socket: {error.strerror}") from None
-    if sock.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_DGRAM:
-        raise ParameterError("the socket passed in LISTEN_FDS is no UNIX datagram or UDP socket (ListenDatagram=)")
-    if isinstance(sock.getsockname(), bytes):
-        raise ParameterError("the socket passed in LISTEN_FDS has an abstract name: a path or UDP is allowed")
+    families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+    if sock.type != socket.SOCK_DGRAM or sock.family not in families or isinstance(sock.getsockname(), bytes):
+        raise ParameterError("LISTEN_FDS: only ListenDatagram= with a path or a UDP address is allowed")
     return sock
 
 
@@ -2534,20 +2533,7 @@ def _tell_systemd(state: str) -> None:
 # ------------------------------------------------------------------ signals ----
 
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, name)
-]
-
-
-@contextlib.contextmanager
-def _holding_signals() -> typing.Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):
-        raise Error("this system lacks pthread_sigmask")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+SIGNALS = [*TERMINATION_SIGNALS, *[getattr(signal, n) for n in ("SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, n)]]
 
 
 class Signals:
@@ -2558,6 +2544,8 @@ class Signals:
     """
 
     def __init__(self) -> None:
+        if not hasattr(signal, "pthread_sigmask"):
+            raise Error("this system lacks pthread_sigmask")
         self.private: list[int] = []  # descriptors that a forked process closes
         self._masks: dict[int, set[int]] = {}  # of the threads that are about to fork
         self.take_over()
@@ -2608,8 +2596,8 @@ def wait_for_termination(signals: Signals, on_other: Callable[[int], object] = l
 
 STDERR = 2  # the descriptor: a thread that waits in sys.stderr would hold its lock
 LOG_QUEUE, AUDIT_QUEUE = 1000, 5000  # lines that may wait for stderr; beyond, they are lost, those of the audit last
-LOG_BATCH = 50  # lines written at once
-LOG_PAUSE = 0.01  # s between writes: a wake-up for each line would cost more than the line
+LOG_BATCH = 100  # lines written at once
+LOG_PAUSE = 0.01  # s after fewer lines, so that more come together: waking a thread costs more than a line
 LOG_DEADLINE = 1.0  # s that the end waits for lines not written yet
 
 
@@ -2669,7 +2657,8 @@ class LogWriter(logging.Handler):
                     self.lost.add(len(batch))
                 for _ in batch:
                     self.waiting.popleft()
-                time.sleep(LOG_PAUSE)
+                if len(batch) < LOG_BATCH:
+                    time.sleep(LOG_PAUSE)
 
     def write(self, text: str) -> bool:
         """Write to stderr, however long that takes; return False if it refuses."""
@@ -2796,14 +2785,15 @@ class Supervisor:
 
     def fork(self, child: _Child) -> None:
         child.started = time.monotonic()
-        with _holding_signals():  # none gets to the child before it has a pipe of its own
-            try:
-                child.pid = os.fork()
-            except OSError as error:
-                log.error("child %d cannot be started: %s", child.index, error.strerror)
-                child.due = child.started + 1
-            else:
-                child.pid or self.serve(child.index)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has a pipe of its own
+        try:
+            child.pid = os.fork()
+            if not child.pid:
+                self.serve(child.index)
+        except OSError as error:
+            log.error("child %d cannot be started: %s", child.index, error.strerror)
+            child.due = child.started + 1
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def serve(self, index: int) -> typing.NoReturn:
         """Serve as a child until the parent says so or is gone."""
@@ -2846,9 +2836,8 @@ class Supervisor:
         os._exit(1)
 
     def kill(self, number: int) -> None:
-        for child in self.children:
-            if child.pid:
-                os.kill(child.pid, number)
+        for pid in [child.pid for child in self.children if child.pid]:
+            os.kill(pid, number)
 
     def spread_level(self, level: int) -> None:
         """Have every child take over the log level that `debug` set in this one."""
@@ -3137,9 +3126,8 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, S
         raise ParameterError("allow_network is for UDP, allow_user for a UNIX socket")
     allowed = [*options.allow_network, *options.allow_user]
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
-    with _holding_signals():  # until there is somebody to remove the file
-        server = interface.server(name, authorize=authorize, listening=listening, **parameters)
-        signals = Signals()
+    signals = Signals()  # before there is a file to remove
+    server = interface.server(name, authorize=authorize, listening=listening, **parameters)
     if is_default:
         print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
     print_error(f"listening on {server.socket_name}")

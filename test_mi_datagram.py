@@ -549,7 +549,7 @@ def test_import(code):
 
 def test_the_protocol_knows_no_sockets():
     """Nothing above the section of the handler names `socket` or `socketserver`."""
-    tree = ast.parse(MODULE.read_text())
+    tree = ast.parse(MODULE.read_text("utf-8"))
     (handler,) = [node.lineno for node in tree.body if getattr(node, "name", "") == "Handler"]
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.lineno < handler}
     assert "Interface" in names and not {"socket", "socketserver"} & names
@@ -3801,6 +3801,13 @@ def manager(name):
         yield sock, {"NOTIFY_SOCKET": name}
 
 
+def small_pipe():
+    """Make a pipe that takes 4,096 bytes; give both of its ends."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, 1031, 4096)  # F_SETPIPE_SZ, which Python names since 3.10
+    return reading, writing
+
+
 def end(server, how, path):
     """Tell a server of a process group of its own to end."""
     if how == "kill":
@@ -4230,8 +4237,7 @@ def test_stderr_that_nobody_reads(folder, children, how):
     (folder / "short.py").write_text(
         "import mi_datagram\nmi_datagram.LOG_QUEUE = mi_datagram.AUDIT_QUEUE = 10\nmi = mi_datagram.Interface()\n")
     path = folder / "s"
-    reading, writing = os.pipe()
-    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    reading, writing = small_pipe()
     arguments = ["-s", path, "--load", "ops.py", "--load", "short.py", "--children_count", children]
     (folder / "ops.py").write_text(OPS)
     server = subprocess.Popen([*MI, *map(str, arguments)], stderr=writing, cwd=folder, start_new_session=True)
@@ -4282,8 +4288,7 @@ def test_stderr_that_takes_nothing(folder, redirection, children):
 
 def test_log_writer(monkeypatch):
     """Lines wait in their order; beyond a bound they are lost, those of the audit last; at the end it waits for them."""
-    reading, writing = os.pipe()
-    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    reading, writing = small_pipe()
     monkeypatch.setattr(mi_datagram, "STDERR", writing)
     monkeypatch.setattr(mi_datagram, "LOG_QUEUE", 10)
     monkeypatch.setattr(mi_datagram, "AUDIT_QUEUE", 15)
@@ -5024,7 +5029,7 @@ def test_opensips_mi(folder, node_modules):
 
 def readme(kind):
     """List the blocks of KIND in the README, as somebody would copy them."""
-    blocks = re.findall(rf"\.\. code-block:: {kind}\n\n((?:    .*\n|\n)+)", (HERE / "README.rst").read_text())
+    blocks = re.findall(rf"\.\. code-block:: {kind}\n\n((?:    .*\n|\n)+)", (HERE / "README.rst").read_text("utf-8"))
     return [textwrap.dedent(block) for block in blocks]
 
 
@@ -5052,7 +5057,7 @@ def test_two_terminals_of_the_readme(folder):
 
 def test_parameters_of_the_readme():
     """The README's tables name every parameter, statistic and core command."""
-    text = (HERE / "README.rst").read_text()
+    text = (HERE / "README.rst").read_text("utf-8")
     for word in [*mi_datagram.PARAMETERS, *mi_datagram.COUNTERS[2:], *mi_datagram.CORE]:
         assert f"``{word}``" in text, word
 
