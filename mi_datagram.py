@@ -2536,6 +2536,17 @@ TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = [*TERMINATION_SIGNALS, *[getattr(signal, n) for n in ("SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, n)]]
 
 
+@contextlib.contextmanager
+def _holding_signals() -> typing.Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        raise Error("this system lacks pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Signals:
     """The signals of this process, read from a pipe, so that one that comes just before the wait is not missed.
 
@@ -2544,8 +2555,6 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        if not hasattr(signal, "pthread_sigmask"):
-            raise Error("this system lacks pthread_sigmask")
         self.private: list[int] = []  # descriptors that a forked process closes
         self._masks: dict[int, set[int]] = {}  # of the threads that are about to fork
         self.take_over()
@@ -2785,15 +2794,14 @@ class Supervisor:
 
     def fork(self, child: _Child) -> None:
         child.started = time.monotonic()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has a pipe of its own
         try:
-            child.pid = os.fork()
-            if not child.pid:
-                self.serve(child.index)
+            with _holding_signals():  # none gets to the child before it has a pipe of its own
+                child.pid = os.fork()
+                if not child.pid:
+                    self.serve(child.index)
         except OSError as error:
             log.error("child %d cannot be started: %s", child.index, error.strerror)
             child.due = child.started + 1
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def serve(self, index: int) -> typing.NoReturn:
         """Serve as a child until the parent says so or is gone."""
@@ -3126,8 +3134,9 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, S
         raise ParameterError("allow_network is for UDP, allow_user for a UNIX socket")
     allowed = [*options.allow_network, *options.allow_user]
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
-    signals = Signals()  # before there is a file to remove
-    server = interface.server(name, authorize=authorize, listening=listening, **parameters)
+    with _holding_signals():  # until there is somebody to remove the file
+        server = interface.server(name, authorize=authorize, listening=listening, **parameters)
+        signals = Signals()
     if is_default:
         print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
     print_error(f"listening on {server.socket_name}")
