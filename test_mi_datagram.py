@@ -1547,7 +1547,7 @@ def ask(command):
 
 def program(code, path):
     """Run CODE behind PROGRAM in a Python of its own; give the CompletedProcess."""
-    return run(sys.executable, "-c", PROGRAM + code, path)
+    return run(sys.executable, "-W", "ignore::ResourceWarning", "-c", PROGRAM + code, path)
 
 
 @contextlib.contextmanager
@@ -1847,17 +1847,14 @@ def test_no_descriptor_for_the_socket(name):
         interface().server(name)
 
 
-def test_symlink_put_in_the_place_of_the_socket(folder):
+@pytest.mark.parametrize("function, after", [("chown", True), ("chmod", False)])
+def test_file_put_in_the_place_of_the_socket(folder, function, after):
     """What is swapped for the socket file between bind and chmod keeps its mode."""
     (folder / "victim").touch(mode=0o600)
-
-    def swap():
-        (folder / "s").unlink()
-        (folder / "s").symlink_to(folder / "victim")
-
-    with meanwhile("chmod", swap), contextlib.suppress(mi_datagram.SocketError):
-        interface().server(str(folder / "s"), unix_socket_mode=0o666).stop()
-    assert (folder / "s").is_symlink() and stat.S_IMODE((folder / "victim").stat().st_mode) == 0o600
+    with meanwhile(function, lambda: os.rename(folder / "victim", folder / "s"), after):
+        with contextlib.suppress(mi_datagram.SocketError):
+            interface().server(str(folder / "s"), unix_socket_mode=0o666, unix_socket_user=os.getuid()).stop()
+    assert (folder / "s").is_file() and stat.S_IMODE((folder / "s").stat().st_mode) == 0o600
 
 
 def test_file_goes_before_the_socket(folder):
