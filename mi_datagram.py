@@ -3205,8 +3205,6 @@ class LogWriter(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        if sys.stderr is None:  # closed: no socket is to get its number
-            os.dup2(os.open(os.devnull, os.O_WRONLY), STDERR)
         self.take_over()
 
     def take_over(self) -> None:

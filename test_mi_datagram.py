@@ -3641,8 +3641,9 @@ def test_log_writer(monkeypatch):
     while b"audit 4\n" not in said:
         assert select.select([reading], [], [], DEADLINE)[0]
         said += os.read(reading, 4096)
-    write("x", "%d is no number", "this")
     monkeypatch.setattr(mi_datagram, "LOG_DEADLINE", DEADLINE)
+    writer.flush()
+    write("x", "%d is no number", "this")
     writer.flush()
     said += os.read(reading, 4096)
     assert re.findall(rb"(?:line|audit) \d+\n", said) == [
