@@ -2377,6 +2377,8 @@ def test_silent_clients(folder, threads, size, connect):
                 send(server, sock, *[b":get:\n"] * (QUEUE + 300 // size * connect + 2))
             for number in range(100):
                 assert ask(server, b":echo:\n%d\n" % number) == b"200 OK\n%d\n" % number
+            with Client(server.socket_name, timeout=DEADLINE * 250) as client:
+                assert client.call("nothing").code == 200
             assert len(threads()) <= 8
             wait_until(lambda: count(server, "dropped_unread"))
             go.set()
@@ -2701,6 +2703,281 @@ def test_two_servers_are_not_set_against_each_other(name, folder, datagram, repl
         assert ask(one, b":nothing:\n") == ask(two, b":nothing:\n") == b"200 OK\n"
         assert (count(one, "requests"), count(two, "requests")) == (replies + 1, 2)
         assert (count(one, "not_requests"), count(two, "not_requests")) == (replies, 1 - replies)
+
+
+# --------------------------------------- servers: host programs, systems, hostile peers ----
+
+
+@pytest.mark.parametrize("bound, asked, answers", [
+    *[("0.0.0.0", one, one) for one in ("127.0.0.1", "127.0.0.2")], ("0.0.0.0", "127.255.255.255", None),
+    *[("[::]", one, one) for one in ("::1", "::ffff:127.0.0.2")],
+])  # fmt: skip
+def test_reply_comes_from_the_address_that_was_asked(bound, asked, answers):
+    """On a wildcard address a connected client hears every reply, slow and late ones too; broadcast works."""
+    if ":" in bound and not HAS_IPV6:
+        pytest.skip("no IPv6 here")
+    mi, deferred = later()
+    mi.command(lambda: time.sleep(0.02), name="slow")
+    with serving(mi, f"udp:{bound}:0") as server, socket.socket(server.address_family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(DEADLINE / 4)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        to = asked, server.server_address[1]
+        if answers:
+            sock.connect(to)
+        for request in (b":nothing:\n", b":slow:\n", b":slow:\n", b":later:\n"):
+            sock.send(request) if answers else sock.sendto(request, to)
+            if request == b":later:\n":
+                wait_until(lambda: deferred)[0].reply()
+            received, address = sock.recvfrom(1000)
+            assert received == b"200 OK\n" and address[1] == to[1] and address[0] == (answers or "127.0.0.1")
+
+
+FORKS = """
+import os, signal, sys, time, warnings, mi_datagram
+warnings.simplefilter("ignore")
+mi = mi_datagram.Interface()
+@mi.command
+def fork(how):
+    child = os.fork()
+    if child:
+        return child
+    if how == "raises":
+        os.execv("/no/such/program", ["x"])
+    if how == "exits":
+        sys.exit(7)
+    time.sleep(60 if how == "lives" else 0)
+    return 0
+if len(sys.argv) == 2:
+    with mi.server(sys.argv[1]):
+        print("listening on", file=sys.stderr, flush=True)
+        signal.pause()
+"""
+
+
+@contextlib.contextmanager
+def forking(folder, how, *command):
+    """Serve FORKS in a process; give it, a client, and the child that a command forked; none is left."""
+    (folder / "forks.py").write_text(FORKS)
+    with process(folder / "s", command=command, cwd=folder, start_new_session=True) as popen:
+        try:
+            with bound_socket(folder / "client") as sock:
+                sock.settimeout(DEADLINE / 2)
+                sock.sendto(f":fork:\n{how}\n".encode(), str(folder / "s"))
+                yield popen, sock, int(sock.recv(1000).split()[-1])
+        finally:
+            os.killpg(popen.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("command", [["forks.py"], ["-m", "mi_datagram", "--load", "forks.py", "-s"]], ids=" ".join)
+@pytest.mark.parametrize("how", ["raises", "returns", "exits"])
+def test_forked_child_of_a_command(folder, how, command):
+    """A child that a command forked replies to nothing and serves nothing: it ends, whatever its command does there."""
+    with forking(folder, how, sys.executable, *command) as (_, sock, child):
+        status = Path(f"/proc/{child}/stat")
+        wait_until(lambda: child and (not status.exists() or ") Z " in status.read_text()), 5)
+        assert is_empty(sock)
+
+
+def test_server_killed_while_a_forked_child_lives(folder):
+    """Clients are told at once that there is no server, and another one can take its place."""
+    with forking(folder, "lives", sys.executable, "forks.py") as (popen, sock, _):
+        popen.kill()
+        popen.wait()
+        with pytest.raises(OSError):
+            sock.sendto(b":pwd:\n", str(folder / "s"))
+        with serving(interface(), folder / "s") as server:
+            assert ask(server, b":nothing:\n", sock) == b"200 OK\n"
+
+
+def test_default_timeout_of_the_program(folder):
+    """Whatever socket.setdefaulttimeout() says, a silent client costs no CPU time; our sockets do not follow it."""
+    mi, _, go = blocking()
+    socket.setdefaulttimeout(5)
+    try:
+        with serving(mi, folder / "s", socket_timeout=FOREVER) as server, client_socket(server) as silent:
+            fill(server, silent, 3)
+            wait_until(lambda: count(server, "dropped_unread"))  # so there is one that waits
+            started, cpu = time.monotonic(), time.process_time()
+            with Client(server.socket_name, timeout=500) as client, pytest.raises(mi_datagram.NoAnswer):
+                client.call("block")
+            assert time.monotonic() - started < 2 and time.process_time() - cpu < 0.2
+            assert max(latencies(server)) < 0.5 and socket.getdefaulttimeout() == 5
+            go.set()
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def latencies(server):
+    """Ask 100 times; give the seconds that each reply took, in order."""
+    with client_socket(server) as sock:
+        times = [(time.monotonic(), ask(server, b":nothing:\n", sock), time.monotonic()) for _ in range(100)]
+    return sorted([end - start for start, _, end in times])
+
+
+@pytest.mark.parametrize("where", ["authorize", "audit"])
+def test_what_waits_beside_commands_delays_nobody(name, where, monkeypatch):
+    """While `authorize`, or a handler of the audit, takes its time for some, others are answered."""
+    handler, mi, ended, busy = logging.Handler(), interface(), threading.Event(), threading.Event()
+    handler.emit = lambda record: time.sleep(0.03)
+    monkeypatch.setattr(mi_datagram.audit, "handlers", [handler] if where == "audit" else [])
+    monkeypatch.setattr(mi_datagram.audit, "level", logging.INFO)
+    mi.command(busy.set, name="change")
+
+    def change():
+        with client_socket(server) as sock:
+            while not ended.is_set():
+                ask(server, b":change:\n", sock)
+
+    def authorize(peer, command):
+        return command == "nothing" or where == "audit" or not time.sleep(0.03)
+
+    with serving(mi, name, authorize=authorize) as server:
+        changing = [in_thread(change) for _ in range(8)]
+        assert busy.wait(DEADLINE)
+        times = latencies(server)
+        ended.set()
+        for thread in changing:
+            thread.join(DEADLINE)
+        assert times[50] < 0.01
+
+
+@pytest.mark.parametrize("kind, request_", [("unknown_commands", b":none:\n"), ("forbidden", b":no:\n")])
+def test_log_is_not_flooded(name, kind, request_, caplog):
+    """Of what peers cause each kind writes 10 lines a second, then one that says how many more; all are counted."""
+    started = time.monotonic()
+    with serving(interface(), name, authorize=lambda peer, command: command != "no") as server:
+        with client_socket(server) as sock:
+            for number in range(1, 302):
+                send(server, sock, request_)
+                wait_until(lambda: count(server, kind) == number)  # noqa: B023
+                is_empty(sock) or sock.recv(1000)
+                pause(1.1 * (number == 300))
+    lines = [record.getMessage() for record in caplog.records]
+    more = [int(number) for line in lines for number in re.findall(r"(\d+) more", line)]
+    assert len(lines) <= 11 * (time.monotonic() - started + 1) and len(lines) - len(more) + sum(more) == 301
+
+
+def test_names_in_the_log_are_cut(folder, caplog):
+    """The log shows 200 characters of a name that a peer sent, in both dialects and where authorize fails."""
+    long = "\x7f" * 10_000
+    call = json.dumps({"jsonrpc": "2.0", "method": long, "id": 1})
+    for authorize in (None, lambda peer, command: 1 / 0):
+        with serving(interface(), folder / "s", authorize=authorize) as server:
+            for request in (f":{long}:\n", call, f"[{call}]"):
+                ask(server, request.encode())
+    assert caplog.records and max(map(len, caplog.text.splitlines())) < 1300
+
+
+@pytest.mark.parametrize("request_, refusal", [
+    (b":%b:\n", b"500 Internal server error\n"), (b'{"jsonrpc":"2.0","method":"%b","id":1}', b'"code":-32603'),
+])  # fmt: skip
+def test_reply_that_is_too_long_for_the_system(folder, request_, refusal):
+    """Where the send buffer cannot be as large as a reply, now or late, the client is told so."""
+    mi, deferred = later()
+    mi.command(lambda: "x" * 50_000, name="large")
+    with serving(mi, folder / "s") as server, client_socket(server) as sock:
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        assert refusal in ask(server, request_ % b"large", sock)
+        send(server, sock, request_ % b"later")
+        wait_until(lambda: deferred)[0].reply("x" * 50_000)
+        assert refusal in sock.recv(1000)
+
+
+def test_stop_answers_what_is_queued(name, monkeypatch):
+    """Requests that the kernel had taken when stop() is called are answered."""
+    monkeypatch.setattr(mi_datagram, "TICK", 3600)  # so they stay in the queue while the first one runs
+    mi, runs, go = blocking()
+    with serving(mi, name) as server, client_socket(server) as sock:
+        send(server, sock, b":block:\n")
+        wait_until(lambda: runs)
+        send(server, sock, *[b":echo:\n%d\n" % number for number in range(QUEUE - 1)])
+        stopping = in_thread(server.stop)
+        pause(0.1)
+        go.set()
+        assert len({*receive(sock, QUEUE)}) == QUEUE
+        stopping.join(DEADLINE)
+
+
+def test_all_threads_are_held(name):
+    """Then the core commands are answered at once; others wait in their order, 1,000 of them, more in the kernel."""
+    mi, runs, go = blocking()
+    with serving(mi, name, max_threads=8) as server, contextlib.ExitStack() as stack:
+        sock, other, operator = [stack.enter_context(client_socket(server)) for _ in range(3)]
+        for number in range(50):
+            send(server, sock, b":block:\n%d\n" % number)
+        wait_until(lambda: len(runs) > 4)
+        operator.settimeout(1)
+        for _ in range(3):
+            for request in (b":uptime:\n", b":threads:\n", b":get_statistics:\n"):
+                assert ask(server, request, operator).startswith(b"200 OK\n")
+            assert json.loads(ask(server, b'{"jsonrpc":"2.0","method":"ps","id":1}', operator))["result"]
+        send(server, other, *[b":echo:\n%d\n" % number for number in range(QUEUE)])
+        pause(REST)
+        assert is_empty(other) and len(runs) < 8
+        if "/" in name:
+            sent = 50 + QUEUE
+            other.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while pause(0.0005) is None:
+                    send(server, other, b":nothing:\n")
+                    sent += 1
+            other.settimeout(DEADLINE)
+            assert 1000 < sent < 1010 + 2 * QUEUE
+        go.set()
+        assert {*receive(other, QUEUE)} == {b"200 OK\n%d\n" % number for number in range(QUEUE)}
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root gives files away")
+def test_file_of_root_is_not_given_away(folder):
+    """What a rival puts in the place of the socket file, before its owner is set, keeps the owner that it has."""
+    (folder / "victim").touch()
+    os.chown(folder, 4242, 4242)
+    with meanwhile("chown", lambda: os.rename(folder / "victim", folder / "s")):
+        with contextlib.suppress(mi_datagram.SocketError):
+            interface().server(str(folder / "s"), unix_socket_user=4242, unix_socket_mode=0o666).stop()
+    assert (folder / "s").is_file() and (folder / "s").stat().st_uid == 0
+
+
+def test_open_requests_are_bounded(folder):
+    """1,000 Deferreds are open in a server; beyond, one is refused and counted, until another is answered."""
+    mi, deferred = later()
+    with serving(mi, folder / "s") as server, client_socket(server) as sock:
+        server.drain_time = 0
+        for number in range(1, 1001):
+            send(server, sock, b":later:\n")
+            wait_until(lambda: len(deferred) == number)  # noqa: B023
+        before = {name: statistic() for name, statistic in mi.statistics.items() if name != "mi_datagram:threads"}
+        sock.settimeout(5)
+        assert ask(server, b":later:\n", sock) == b"500 Too many open requests\n"
+        answer = json.loads(ask(server, b'{"jsonrpc":"2.0","method":"later","id":1}', sock))
+        assert (answer["error"]["code"], len(deferred)) == (-32000, 1000)
+        assert len([name for name, number in before.items() if mi.statistics[name]() == number + 2]) == 3
+        assert deferred[0].reply("first") and sock.recv(1000) == b"200 OK\nfirst\n"
+        send(server, sock, b":later:\n")
+        wait_until(lambda: len(deferred) == 1001)
+
+
+STOP = """
+def on_term(*_):
+    server.stop(wait=False)  # asks, and returns before the command does
+    go.set()
+
+signal.signal(signal.SIGTERM, on_term)
+server = mi.server(path)
+asking = threading.Thread(target=ask, args=("block",))
+asking.start()
+threading.Thread(target=lambda: running.wait() and os.kill(os.getpid(), signal.SIGTERM)).start()
+"""
+
+
+@pytest.mark.parametrize("serve", [
+    "server.serve_forever(); asking.join()",
+    "server.start()\nwhile not go.is_set(): time.sleep(0.01)\nasking.join(); server.stop()",
+], ids=["in the foreground", "in the background"])  # fmt: skip
+def test_stop_from_a_signal_handler(folder, serve):
+    """stop(wait=False) in a signal handler returns at once, and the running command's reply still goes out."""
+    done = program(STOP + serve, folder / "s")
+    assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0) and not contents(folder)
 
 
 # ---------------------------------------------------------------------- client ----
