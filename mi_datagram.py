@@ -2805,7 +2805,7 @@ else:
 class UnixServer(ServerMixIn, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
-    _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
+    _file: tuple[str, os.stat_result, int] | None = None  # path and status of the socket file, and the PID that made it
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
@@ -2834,8 +2834,8 @@ class UnixServer(ServerMixIn, _UnixBase):
             os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
             self.socket.bind(path)
             status = os.lstat(path)
-        self._file = os.path.abspath(path), status
-        weakref.finalize(self, _remove_file, *self._file, os.getpid())
+        self._file = os.path.abspath(path), status, os.getpid()
+        weakref.finalize(self, _remove_file, *self._file)
         try:
             _set_owner_and_mode(path, status, values)
         except OSError as error:
@@ -2848,7 +2848,7 @@ class UnixServer(ServerMixIn, _UnixBase):
 
     def remove_file(self) -> None:
         if self._file is not None and not self.service.is_forked:
-            _remove_file(*self._file, os.getpid())
+            _remove_file(*self._file)
 
     def make_peer(self, request: Any, client_address: Any) -> Peer:
         return Peer(client_address, request[3])
@@ -3136,8 +3136,7 @@ def _holding_signals() -> typing.Iterator[None]:
 class Signals:
     """The signals of this process, read from a pipe, so that one that comes just before the wait is not missed.
 
-    They are not those of a process that a command forks: it has neither the pipe nor our handlers,
-    and signals to it wait until that is so.
+    A process that a command forks has neither the pipe nor our handlers; signals to it wait until that is so.
     """
 
     def __init__(self) -> None:
@@ -3191,8 +3190,7 @@ def wait_for_termination(signals: Signals, on_other: Callable[[int], object] = l
 
 STDERR = 2  # the descriptor: a thread that waits in sys.stderr would hold its lock
 LOG_QUEUE, AUDIT_QUEUE = 1000, 5000  # lines that may wait for stderr; beyond, they are lost, those of the audit last
-LOG_BATCH = 100  # lines written at once
-LOG_PAUSE = 0.01  # s after fewer lines, so that more come together: waking a thread costs more than a line
+LOG_BATCH, LOG_PAUSE = 100, 0.01  # lines written at once; s of pause after fewer, as waking a thread costs more
 LOG_DEADLINE = 1.0  # s that the end waits for lines not written yet
 
 
@@ -3349,13 +3347,16 @@ class Supervisor:
         """Pass on a SIGHUP, and start the children that are missing; return True if one ended before it served."""
         if number == signal.SIGHUP:
             self.kill(signal.SIGHUP)
-        for index, pid, how in self.reap():
-            if self.serving[index] != pid:
-                log.error("child %d ended before it could serve (wait status %d)", index, how)
-                return True
-            self.serving[index] = 0
-            log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
         now = time.monotonic()
+        for child, pid, how in self.reap():
+            if self.serving[child.index] != pid:
+                log.error("child %d ended before it could serve (wait status %d)", child.index, how)
+                return True
+            self.serving[child.index] = 0
+            log.warning("child %d, PID %d, died (wait status %d): another takes its place", child.index, pid, how)
+            is_young = now < child.started + 1
+            child.pause = min(max(2 * child.pause, RESPAWN_PAUSES[0]), RESPAWN_PAUSES[1]) if is_young else 0
+            child.due = now + child.pause
         for child in self.children:
             if not child.pid and child.due <= now:
                 self.fork(child)
@@ -3363,17 +3364,12 @@ class Supervisor:
         signal.setitimer(signal.ITIMER_REAL, min(pauses, default=0))
         return False
 
-    def reap(self) -> list[tuple[int, int, int]]:
-        """List index, PID and wait status of the children that ended; note when each starts again."""
-        ended = []
-        for child in [child for child in self.children if child.pid]:
-            pid, how = os.waitpid(child.pid, os.WNOHANG)
-            if pid:
-                lived = time.monotonic() - child.started
-                child.pause = min(max(2 * child.pause, RESPAWN_PAUSES[0]), RESPAWN_PAUSES[1]) if lived < 1 else 0
-                child.due = time.monotonic() + child.pause
-                child.pid = 0
-                ended.append((child.index, pid, how))
+    def reap(self) -> list[tuple[_Child, int, int]]:
+        """List the children that ended, with PID and wait status."""
+        waited = [(child, *os.waitpid(child.pid, os.WNOHANG)) for child in self.children if child.pid]
+        ended = [(child, pid, how) for child, pid, how in waited if pid]
+        for child, _, _ in ended:
+            child.pid = 0
         return ended
 
     def fork(self, child: _Child) -> None:
@@ -3420,7 +3416,7 @@ class Supervisor:
         os.read(self.lifeline, 1)
         log.error("the parent process is gone: ending")
         if isinstance(self.server, UnixServer) and self.server._file:
-            _remove_file(*self.server._file, os.getpid())
+            _remove_file(*self.server._file[:2], os.getpid())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
         self.log_writer.flush()
@@ -3453,10 +3449,9 @@ _MODPARAM = r"""/\*.*?(?:\*/|\Z) | //[^\n]* | \#(?!!if)[^\n]*
 
 
 def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
-    """List the (name, value) pairs of the `modparam("mi_datagram", …)` lines in a configuration file.
+    """List the (name, value) pairs of the `modparam("mi_datagram", …)` lines in the text of FILE.
 
-    FILE is its name for messages. Parameters of the original that have no meaning here are
-    skipped with a warning; raises ParameterError for a value that is no literal.
+    An unknown parameter is skipped with a warning; raises ParameterError for a value that is no literal.
     """
     pairs: list[tuple[str, Any]] = []
     matches = list(re.finditer(_MODPARAM, text, re.VERBOSE | re.DOTALL))
