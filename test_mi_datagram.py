@@ -3271,7 +3271,7 @@ CANNOT_SERVE = [  # what a loaded file does to the children, and what the log sa
      "Too many open files"),
 ]
 
-FORKS = """
+WORKERS = """
 import logging, multiprocessing, os, threading, time
 import mi_datagram
 
@@ -3826,9 +3826,9 @@ def test_second_signal(folder, how, children):
 @pytest.mark.parametrize("children", [1, 2])
 def test_signals_to_what_a_command_forked(folder, children):
     """A signal to a process that a command forked ends it, as by default, and the server goes on; it can log."""
-    (folder / "forks.py").write_text(FORKS)
+    (folder / "workers.py").write_text(WORKERS)
     path = folder / "s"
-    with ops_process(folder, "--load", "forks.py", "--children_count", children) as server:
+    with ops_process(folder, "--load", "workers.py", "--children_count", children) as server:
         assert {values(path, "terminated")[0] for _ in range(10)} == {"-15"}
         assert values(path, "given_up") == ["given up"]
         with post(path, b":hold_in_fork:\nheld\n") as sock:
@@ -4196,8 +4196,8 @@ def test_children_gone_before_the_parent_was_told(folder, number):
 
 def test_killed_parent(folder):
     """When the parent is killed its children end by themselves, whatever runs or was forked; the socket file goes."""
-    (folder / "forks.py").write_text(FORKS)
-    arguments = ["--load", "forks.py", "--children_count", 3, "--socket_timeout", "600000"]
+    (folder / "workers.py").write_text(WORKERS)
+    arguments = ["--load", "workers.py", "--children_count", 3, "--socket_timeout", "600000"]
     with ops_process(folder, *arguments) as server, post(folder / "s", b":hold:\nheld\n"):
         processes(folder / "s", 4)
         (folder / "parent").touch()
