@@ -2839,7 +2839,7 @@ def test_names_in_the_log_are_cut(folder, caplog):
         with serving(interface(), folder / "s", authorize=authorize) as server:
             for request in (f":{long}:\n", call, f"[{call}]"):
                 ask(server, request.encode())
-    assert caplog.records and max(map(len, caplog.text.splitlines())) < 1300
+    assert caplog.records and max(map(len, caplog.text.splitlines())) < 2500
 
 
 @pytest.mark.parametrize("request_, refusal", [
@@ -2917,9 +2917,8 @@ def test_open_requests_are_bounded(folder):
     mi, deferred = later()
     with serving(mi, folder / "s") as server, client_socket(server) as sock:
         server.drain_time = 0
-        for number in range(1, 1001):
-            send(server, sock, b":later:\n")
-            wait_until(lambda: len(deferred) == number)  # noqa: B023
+        send(server, sock, *[b":later:\n"] * 1000)
+        wait_until(lambda: len(deferred) == 1000)
         before = {name: statistic() for name, statistic in mi.statistics.items() if name != "mi_datagram:threads"}
         sock.settimeout(5)
         assert ask(server, b":later:\n", sock) == b"500 Too many open requests\n"
