@@ -2830,9 +2830,13 @@ def _literal(value: str, where: str) -> str | int:
         raise ParameterError(f"{where}: a string or a number is allowed") from None
 
 
-# ----------------------------------------------------------- asking servers ----
+# ---------------------------------------------------------- call and shell ----
 
 INDENTED_LEVELS = 8  # of JSON; the indents of deep ones would be a thousand times what they indent
+HISTORY = 1000  # lines that the shell remembers
+SHELL_HELP = (
+    "`help` lists commands, `help COMMAND` explains one, `json COMMAND` shows JSON, TAB completes, `exit` ends."
+)
 
 
 class _Answer(typing.NamedTuple):
@@ -2847,14 +2851,20 @@ class _Console:
     """Runs commands on all servers that `call` and `shell` are told to ask, at once, and prints what comes."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
         self.patterns: list[str] = options.socket_name or [DEFAULT_SOCKET]
-        self.timeout, self.reply_dir, self.as_json = options.timeout, options.reply_dir, options.json
         self.clients()  # a wrong name is told at once
 
     def clients(self) -> list[Client]:
-        """Make a client for each server that there is now."""
-        names = dict.fromkeys(itertools.chain.from_iterable(map(_expand, self.patterns)))
-        return [Client(name, self.timeout, self.reply_dir) for name in names]
+        """Make a client for each server that there is now; a pattern stands for UNIX sockets."""
+        import glob
+        import pathlib
+
+        names: dict[str, None] = {}
+        for pattern in self.patterns:
+            found = [path for path in sorted(glob.glob(pattern)) if pathlib.Path(path).is_socket()]
+            names.update(dict.fromkeys([pattern] if os.path.lexists(pattern) or not found else found))
+        return [Client(name, self.options.timeout, self.options.reply_dir) for name in names]
 
     def run(self, words: list[str], as_json: bool) -> int:
         """Run a command as typed, print what comes, return the worst exit status."""
@@ -2873,30 +2883,14 @@ class _Console:
         def run(client: Client) -> None:
             answers[client.socket_name] = _ask(client, words, as_json)
 
+        threads = [threading.Thread(target=run, args=(client,), daemon=True) for client in clients]
         with contextlib.ExitStack() as stack:
-            threads = [threading.Thread(target=run, args=(client,), daemon=True) for client in clients[1:]]
-            for client in clients:
+            for client, thread in zip(clients, threads):
                 stack.callback(client.close)
-            for thread in threads:
                 thread.start()
-            run(clients[0])
             for thread in threads:
                 thread.join()
         return answers
-
-    def list_names(self, as_json: bool, *command: str) -> list[str]:
-        """List commands, or the names of a command's parameters, as the first server that answers has them."""
-        return next(filter(None, map(_names, self.ask(["which", *command], as_json).values())), [])
-
-
-def _expand(name: str) -> list[str]:
-    """List the UNIX sockets that a pattern stands for; any other name stands for itself."""
-    import glob
-    import pathlib
-
-    if isinstance(parse_socket_name(name), tuple) or os.path.lexists(name):
-        return [name]
-    return sorted(path for path in glob.glob(name) if pathlib.Path(path).is_socket()) or [name]
 
 
 def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
@@ -2909,10 +2903,10 @@ def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
             return _Answer(0, client.call_json(words[0], *values, **named))
         return _Answer(0, client._call(_format_request(words[0], arguments)))
     except CommandError as error:
-        data = "" if error.data is None else f": {_json_text(error.data)}"
+        data = "" if error.data is None else f": {_json_text(error.data, indented=False)}"
         return _Answer(1, None, [f"{error.code} {error.reason}{data}", *_hints(client, words[0], error, as_json)])
     except Error as error:
-        return _Answer(2 if isinstance(error, RequestError) else 3, None, [f"mi_datagram: {error}"])
+        return _Answer(2 if isinstance(error, RequestError) else 3, None, [str(error)])
 
 
 def _json_value(text: str) -> Any:
@@ -2932,61 +2926,48 @@ def _hints(client: Client, command: str, error: CommandError, as_json: bool) -> 
         names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json)))
         return [f"did you mean {' or '.join(names)}?"] if names else []
     if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
-        told = _ask(client, ["help", command], as_json).data
-        tree = told.nodes if isinstance(told, Reply) else parse_reply(format_reply(told)).nodes
-        return [f"usage: {node.value}" for node in tree if node.name == "Usage"]
+        return re.findall("^(?m:Usage:: .*)", _tree(_ask(client, ["help", command], as_json).data))
     return []
 
 
-def _names(which: _Answer) -> list[str]:
-    """List the names in an answer of `which` that can be typed: of commands, or of a command's parameters."""
-    found, more = [], [getattr(which.data, "nodes", which.data)]
-    while more:
-        one = more.pop(0)
-        if isinstance(one, (list, Node)):  # nodes may have the names of one call in one line
-            more[:0] = one if isinstance(one, list) else [*str(one.value).split(" "), *one.children]
-        elif isinstance(one, str) and one.isprintable() and one.split() == [one]:
-            found.append(one)
-    return list(dict.fromkeys(found))
+def _names(which: _Answer, of_parameters: bool = False) -> list[str]:
+    """List the names in an answer of `which` that can be typed; those of parameters may share a line."""
+    text = _tree(which.data)
+    names = dict.fromkeys(text.split() if of_parameters else text.split("\n"))
+    return [name for name in names if name.isprintable() and name.split() == [name] and "\\" not in name]
+
+
+def _tree(data: Any) -> str:
+    return format_reply(data).partition(b"\n")[2].decode("utf-8", "replace")
 
 
 def _print_answers(answers: dict[str, _Answer], as_json: bool) -> None:
     """Print replies, those of several servers each under its name, and errors to stderr."""
     is_one = len(answers) == 1
     data = {name: answer.data for name, answer in answers.items() if not answer.status}
-    if not as_json:
-        nothing = [Node(None, "OK")] if sys.stdout.isatty() else []
-        data = {name: reply.nodes or nothing for name, reply in data.items()}
-    for shown in data.values() if is_one else [data] if data else ():
-        nodes = [Node(name, None, {}, below) for name, below in data.items()] if shown is data else shown
-        text = (
-            _json_text(shown) + "\n" if as_json else format_reply(nodes).partition(b"\n")[2].decode("utf-8", "replace")
-        )
-        sys.stdout.write(text if as_json else escape_control_characters(text))
+    if data and as_json:
+        print(_json_text(data.popitem()[1] if is_one else data))
+    elif data:
+        nothing = "OK" if sys.stdout.isatty() else None
+        trees = {name: reply.nodes or nothing for name, reply in data.items()}
+        sys.stdout.write(escape_control_characters(_tree(trees.popitem()[1] if is_one else trees)))
     sys.stdout.flush()
     for name, answer in answers.items():
         for line in answer.errors:
-            print_error(line, "" if is_one else f"{name}: ")
+            print_error(line, "mi_datagram: " if answer.status > 1 else "" if is_one else f"{name}: ")
 
 
-def _json_text(data: Any) -> str:
-    """Write JSON for a terminal: indented where it is not deep, each character as it is where it can be shown."""
+def _json_text(data: Any, indented: bool = True) -> str:
+    """Write JSON with each character as it is where it can be shown, and indented where it is not deep."""
     is_ascii = not (sys.stdout.encoding or "").lower().startswith("utf")
-    text = json.dumps(data, indent=4 if _depth(data) <= INDENTED_LEVELS else None, ensure_ascii=is_ascii)
+    indent = 4 if indented and _depth(data) <= INDENTED_LEVELS else None
+    text = json.dumps(data, indent=indent, ensure_ascii=is_ascii)
     return "".join([c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text])
 
 
 def _depth(data: Any) -> int:
     members = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
     return 1 + max(map(_depth, members)) if members else 0
-
-
-# -------------------------------------------------------------------- shell ----
-
-HISTORY = 1000  # lines that the shell remembers
-SHELL_HELP = (
-    "`help` lists the commands, `help COMMAND` explains one, TAB completes, `json COMMAND` shows JSON, `exit` ends."
-)
 
 
 class _Shell:
@@ -3000,20 +2981,27 @@ class _Shell:
 
     def run(self) -> int:
         """Run commands until the end, `exit` or `quit`; return the worst exit status, on a terminal 0."""
-        with contextlib.ExitStack() as stack:
-            if self.prompt:
-                print(SHELL_HELP)
-                for answer in self.console.ask(["which"], self.console.as_json).values():
-                    for text in answer.errors if answer.status == 3 else ():
-                        print_error(text, "")
-                stack.callback(self.edit_lines())
-            worst = max([0, *iter(self.step, None)])
-        return 0 if self.prompt else worst
+        if not self.prompt:
+            return max([0, *iter(self.step, None)])
+        print(SHELL_HELP)
+        for answer in self.console.ask(["which"], self.console.options.json).values():
+            if answer.status == 3:
+                print_error(answer.errors[0])
+        with self.line_editing():
+            for _ in iter(self.step, None):
+                pass
+        return 0
 
     def step(self) -> int | None:
         """Read and run one command; return its exit status, or None at the end."""
         try:
-            return self.run_words(self.read_words())
+            words = self.read_words()
+            command, as_json = self.interpret(words)
+            if words in (["exit"], ["quit"]):
+                return None
+            if words and not command:
+                raise ValueError(f"{words[-1]}: which command?")
+            return self.console.run(command, as_json) if command else 0
         except EOFError:
             print(end="\n" if self.prompt else "")
             return None
@@ -3040,46 +3028,34 @@ class _Shell:
                 except EOFError:
                     raise error from None
 
-    def run_words(self, words: list[str]) -> int | None:
-        command, as_json = self.interpret(words)
-        if words in (["exit"], ["quit"]):
-            return None
-        if words and not command:
-            raise ValueError(f"{words[-1]}: which command?")
-        return self.console.run(command, as_json) if command else 0
-
     def interpret(self, words: list[str]) -> tuple[list[str], bool]:
         """Return the command that WORDS call, and whether in JSON."""
-        as_json = self.console.as_json or words[:1] == ["json"]
+        as_json = self.console.options.json or words[:1] == ["json"]
         words = words[1:] if words[:1] == ["json"] else words
-        first = words[0] if words else ""
-        if first == "call":  # also for a server's command `exit` or `json`
+        if words[:1] == ["call"]:  # also for a server's command `exit` or `json`
             return words[1:], as_json
-        if re.fullmatch(":[^:]+:", first):
-            return [first[1:-1], *words[1:]], as_json
-        return ["help", *words[1:]] if first == "?" else words, as_json
+        if words and re.fullmatch(":[^:]+:", words[0]):
+            return [words[0][1:-1], *words[1:]], as_json
+        return (["help", *words[1:]] if words[:1] == ["?"] else words), as_json
 
-    def edit_lines(self) -> Callable[[], object]:
-        """Have readline edit lines, complete, and remember those of earlier shells; return what saves them."""
+    @contextlib.contextmanager
+    def line_editing(self) -> typing.Iterator[None]:
+        """Have readline complete, and remember the lines of earlier shells."""
         try:
             import readline
         except ImportError:
-            return lambda: None
+            yield
+            return
         readline.set_completer(self.complete)
         readline.set_completer_delims(" \t\n")
         readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
         readline.set_history_length(HISTORY)
         path = _history_file()
-        if path:
-            with contextlib.suppress(OSError):
-                readline.read_history_file(path)
-
-        def save() -> None:
-            with contextlib.suppress(OSError):
-                if path:
-                    readline.write_history_file(path)
-
-        return save
+        with contextlib.suppress(OSError):
+            readline.read_history_file(path)
+        yield
+        with contextlib.suppress(OSError):
+            readline.write_history_file(path)
 
     def complete(self, text: str, state: int) -> str | None:
         """Complete commands first, then the names of the command's parameters; for readline."""
@@ -3088,7 +3064,8 @@ class _Shell:
         if state == 0:
             words, as_json = self.interpret(readline.get_line_buffer()[: readline.get_begidx()].split())
             command = [] if words[:1] == ["help"] else words[:1]
-            names = self.console.list_names(as_json, *command)
+            answers = self.console.ask(["which", *command], as_json).values()  # the first one will do
+            names = next((_names(answer, bool(command)) for answer in answers if not answer.status), [])
             self.found = [name + ("::" if command else " ") for name in names if name.startswith(text)]
         return self.found[state] if state < len(self.found) else None
 
@@ -3112,7 +3089,8 @@ DEFAULT_SOCKET = "./mi_datagram.sock"
 USAGES = {
     "": (
         "[-s NAME] [--load MODULE_OR_FILE[:NAME]]... [OPTION]...",
-        "Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.",
+        "Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`. "
+        "--a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.",
     ),
     "call": (
         "call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...",
@@ -3126,7 +3104,7 @@ USAGES = {
 
 
 def _open_streams() -> None:
-    """Have streams also where they are closed; what the encoding of stdin and stdout lacks is escaped."""
+    """Have streams where they are closed, so that no socket gets their number; escape what an encoding lacks."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -3179,24 +3157,25 @@ def _add_asking(add: Callable[..., Any]) -> None:
     add("-s", "--socket_name", help=names, metavar="NAME", action="append")
     add("--timeout", help=f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
     add("--reply_dir", help="where to make the socket that replies come to", metavar="DIR")
-    json_help = "ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such"
-    add("--json", help=json_help, action="store_true")
+    add("--json", help="ask in JSON-RPC 2.0, also values that are JSON, and print JSON", action="store_true")
 
 
 def _add_serving(add: Callable[..., Any]) -> None:
     """Add the options of serving."""
     many: dict[str, Any] = {"action": "append", "default": []}
+
+    def add_setting(names: str, meaning: str, metavar: str = "VALUE") -> None:
+        pair = functools.partial(lambda name, value: (name, value), names.rpartition("--")[2])
+        add(*names.split(), help=meaning, metavar=metavar, type=pair, dest="settings", **many)
+
+    add_setting("-s --socket_name", f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})", "NAME")
     add("--load", help="serve its Interface called mi, or NAME", metavar="MODULE_OR_FILE[:NAME]", **many)
+    add_setting("--config", 'read the modparam("mi_datagram", ...) lines of a file', "FILE")
     add("--allow_network", help="let in the UDP peers of a network", metavar="NETWORK", **many)
     add("--allow_user", help="let in a user on a UNIX socket", metavar="USER", **many)
     add("-v", "--verbose", help="log more; twice: everything", action="count", default=0)
-    for names, meaning, metavar in (
-        ("-s --socket_name", f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})", "NAME"),
-        ("--config", 'read the modparam("mi_datagram", ...) lines of a file', "FILE"),
-        *[(f"--{name}", _meaning(name), "VALUE") for name in PARAMETERS],
-    ):
-        pair = functools.partial(lambda name, value: (name, value), names.rpartition("--")[2])
-        add(*names.split(), help=meaning, metavar=metavar, type=pair, dest="settings", **many)
+    for name in PARAMETERS:
+        add_setting(f"--{name}", _meaning(name))
 
 
 def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -3289,30 +3268,16 @@ def _serve(server: UnixServer | UDPServer, signals: typing.Iterator[int], childr
     return 0
 
 
-def _ask_servers(command: str, *arguments: str) -> int:
-    """Run `call` or `shell`; return the exit status."""
-    options = _parse(command, arguments)
-    console = _Console(options)
-    try:
-        return _Shell(console).run() if command == "shell" else console.run(options.words, options.json)
-    except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
-        if isinstance(error, Error):
-            raise
-        _discard(1)  # what is left in its buffer
-        if isinstance(error, BrokenPipeError):
-            return 128 + 13  # as a shell says of SIGPIPE
-        print_error(str(error))
-        return 4
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments[:1] in (["call"], ["shell"]) else ""
     _open_streams()
     try:
-        if arguments[:1] in (["call"], ["shell"]):
-            return _ask_servers(*arguments)
-        options = _parse("", arguments)
+        options = _parse(command, arguments[1:] if command else arguments)
+        if command:
+            console = _Console(options)
+            return _Shell(console).run() if command == "shell" else console.run(options.words, options.json)
         level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         audit.setLevel(logging.INFO)
@@ -3320,27 +3285,26 @@ def main(arguments: list[str] | None = None) -> int:
         for number in SIGNALS:  # one that comes while the interpreter ends is not to kill it
             signal.signal(number, signal.SIG_IGN)
         return status
-    except (Error, OSError) as error:
+    except Error as error:
         print_error(str(error))
         return 2
+    except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
+        _discard(1)  # what is left in its buffer
+        if isinstance(error, BrokenPipeError):
+            return 128 + 13  # as a shell says of SIGPIPE
+        print_error(str(error))
+        return 4 if command else 2
     except KeyboardInterrupt:
         return 130
 
 
-def _run_as_module() -> int:
-    """Run `main` of the module that the file was started as, so that what it loads imports the same copy."""
-    spec = sys.modules["__main__"].__spec__
-    name = spec.name if spec else os.path.splitext(os.path.basename(__file__))[0]
-    module: Any = sys.modules.setdefault(name, sys.modules["__main__"])  # its package may have imported it already
-    package, _, last = name.rpartition(".")
-    if package:
-        setattr(sys.modules[package], last, module)
-    status: int = module.main()
-    return status
-
-
 if __name__ == "__main__":
-    sys.exit(_run_as_module())
+    # What is loaded imports this copy under the name that it was started by, which its package may have done before.
+    _name = __spec__.name if __spec__ else "mi_datagram"
+    _module: Any = sys.modules.setdefault(_name, sys.modules["__main__"])
+    if "." in _name:
+        setattr(sys.modules[_name.rpartition(".")[0]], _name.rpartition(".")[2], _module)
+    sys.exit(_module.main())
 
 # --------------------------------------------------------------------- 0BSD ----
 #
