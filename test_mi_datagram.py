@@ -56,6 +56,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import typing
 
 import pytest
@@ -3379,7 +3380,7 @@ def test_client_takes_no_late_reply(name):
 
 
 def test_client_hears_its_server_alone(name):
-    """What anybody else sends to a client's address does not arrive."""
+    """What anybody else sends to a client's address is not taken, though he has the server's user."""
     mi = interface()
 
     @mi.command(pass_request=True)
@@ -3392,44 +3393,185 @@ def test_client_hears_its_server_alone(name):
         assert client.call("spoof").nodes == [Node(None, "right")] and client.call_json("spoof") == "right"
 
 
-def test_nobody_but_the_server_can_send_to_a_client(folder, monkeypatch):
-    """A Client is connected before it has a name, so what others send to that name never arrives."""
-    calls = []
+@contextlib.contextmanager
+def stand_in(name, serve):
+    """Have a plain socket at NAME, for servers of others and hostile ones; SERVE(socket, request, client) answers."""
+    family = socket.AF_INET if name.startswith("udp:") else socket.AF_UNIX
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0) if family == socket.AF_INET else name)
 
-    class Recorded(socket.socket):
-        def connect(self, address):
-            calls.append("connect")
-            super().connect(address)
+        def run():
+            with contextlib.suppress(OSError):
+                while True:
+                    request, client = sock.recvfrom(1 << 16)
+                    if not request:
+                        break
+                    serve(sock, request, client)
 
-        def bind(self, address):
-            calls.append("bind")
-            super().bind(address)
+        thread = in_thread(run)
+        yield f"udp:127.0.0.1:{sock.getsockname()[1]}" if family == socket.AF_INET else name
+        with socket.socket(family, socket.SOCK_DGRAM) as other:
+            other.sendto(b"", sock.getsockname())
+        thread.join(DEADLINE)
 
-    with serving(interface(), folder / "s") as server:
-        monkeypatch.setattr(mi_datagram.socket, "socket", Recorded)
-        with Client(server.socket_name) as client:
-            assert client.call("nothing").ok and calls == ["connect", "bind"]
+
+def send_as(uid, sock, data, address):
+    """Send from a process that runs as UID."""
+    child = os.fork()
+    if not child:
+        try:
+            if uid != os.getuid():
+                os.setuid(uid)
+            sock.sendto(data, address)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+
+US, NOBODY, OTHER = os.getuid(), 65534, 65533
+REPLIERS = [  # who owns the socket file, who replies, from which socket, and whether a client takes it
+    (US, US, "server", True), (US, US, "unbound", True), (US, US, "elsewhere", False),  # ours; OpenSIPS and the original
+    (0, NOBODY, "server", True), (0, NOBODY, "unbound", False), (0, NOBODY, "elsewhere", False),
+    (NOBODY, NOBODY, "unbound", True), (NOBODY, 0, "unbound", True), (NOBODY, OTHER, "unbound", False),
+    (NOBODY, OTHER, "relative", False), (NOBODY, 0, "relative", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("owner, replier, whence, taken", REPLIERS)
+def test_whose_reply_a_client_takes(folder, monkeypatch, owner, replier, whence, taken):
+    """It takes what comes from the server's address, or unbound from the file's owner or root; nothing else."""
+    if US and {owner, replier} != {US}:
+        pytest.skip("only root can send as somebody else")
+    monkeypatch.chdir(folder)
+    (folder / "other").mkdir()
+    path = "./s" if whence == "relative" else str(folder / "s")
+
+    def serve(server, request, client):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            if whence == "elsewhere":
+                other.bind("")
+            elif whence == "relative":  # the server's name, had by somebody in another folder
+                os.chdir("other")
+                other.bind("./s")
+                os.chdir(folder)
+            send_as(replier, server if whence == "server" else other, b"200 OK\nfirst\n", client)
+        server.sendto(b"200 OK\nlast\n", client)
+
+    with stand_in(path, serve), Client(path) as client:
+        os.chown(path, owner, -1)
+        assert client.call("anything").nodes == [Node(None, "first" if taken else "last")]
+
+
+@pytest.mark.parametrize("socket_name, dialect", [("./s", "line"), ("./s", "json"), ("udp:", "json")])
+def test_client_gives_up(folder, monkeypatch, socket_name, dialect):
+    """At its timeout a client gives up, however many datagrams that are no reply go on coming; it says what they are."""
+    monkeypatch.chdir(folder)
+    given_up = threading.Event()
+
+    def serve(server, request, client):
+        with socket.socket(server.family, socket.SOCK_DGRAM) as stranger:
+            while not given_up.is_set():
+                with contextlib.suppress(OSError):
+                    sock = stranger if dialect == "line" and stranger.bind("") is None else server
+                    sock.sendto(b'{"result":1,"id":99999}', socket.MSG_DONTWAIT, client)
+
+    with stand_in(socket_name, serve) as name, Client(name, timeout=50) as client:
+        begin = time.monotonic()
+        with pytest.raises(mi_datagram.NoAnswer, match="within 50 ms; a datagram was dropped: "):
+            client.call("x") if dialect == "line" else client.call_json("x")
+        given_up.set()
+        assert time.monotonic() - begin < DEADLINE / 2
+
+
+def test_client_of_a_server_that_does_not_read(folder):
+    """Where a server's queue is full, a client gives up at its timeout, and sleeps until then."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server, Client(str(folder / "s"), timeout=300) as client:
+        server.bind(str(folder / "s"))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"x", socket.MSG_DONTWAIT, str(folder / "s"))
+        begin = time.process_time()
+        with pytest.raises(mi_datagram.NoAnswer):
+            client.call("anything")
+        assert time.process_time() - begin < 0.1
 
 
 HOSTILE_ANSWERS = [
     b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":2,"result":1}',
+    b'{"id":1,"result":' + b"[" * 200 + b"]" * 200 + b"}",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("answer", HOSTILE_ANSWERS, ids=range(len(HOSTILE_ANSWERS)))
 def test_client_takes_no_nonsense(folder, answer):
     """What is no answer to the present call is passed over, whatever it is, and the answer that follows is taken."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server, Client(str(folder / "s")) as client:
-        server.bind(str(folder / "s"))
+    def serve(server, request, client):
+        server.sendto(answer, client)
+        server.sendto(b'{"jsonrpc":"2.0","result":"right","id":1}', client)
 
-        def serve():
-            _, address = server.recvfrom(1000)
-            server.sendto(answer, address)
-            server.sendto(b'{"jsonrpc":"2.0","result":"right","id":1}', address)
-
-        thread = in_thread(serve)
+    with stand_in(str(folder / "s"), serve) as name, Client(name) as client:
         assert client.call_json("anything") == "right"
-        thread.join(DEADLINE)
+
+
+def test_deep_replies(folder):
+    """A reply of more than 200 levels is NoAnswer, which says so, in either dialect."""
+    lines = b"200 OK\n" + b"".join([b" " * depth + b"x\n" for depth in range(300)])
+    answer = b'{"id":1,"result":' + b"[" * 200 + b"]" * 200 + b"}"
+    with stand_in(str(folder / "s"), lambda server, request, client: server.sendto(lines if request[:1] == b":" else answer, client)) as name:
+        with Client(name, 50) as client:
+            for call in client.call, client.call_json:
+                with pytest.raises(mi_datagram.NoAnswer, match="deeper than 200"):
+                    call("anything")
+
+
+@pytest.mark.parametrize("default", [0, 0.05])
+def test_timeout_of_the_program_is_not_the_clients(name, default):
+    """What a program sets by socket.setdefaulttimeout has no effect on a client."""
+    mi, _, go = blocking()
+    with serving(mi, name) as server:
+        socket.setdefaulttimeout(default)
+        try:
+            with Client(server.socket_name, timeout=DEADLINE * 1000) as client:
+                threading.Timer(0.2, go.set).start()
+                assert client.call("block").nodes == [Node(None, "done")] and client.call_json("block") == "done"
+        finally:
+            socket.setdefaulttimeout(None)
+
+
+@pytest.mark.parametrize("reply_dir", [False, True])
+def test_client_in_a_forked_process(folder, name, reply_dir):
+    """In a forked process a client makes a socket of its own, and leaves its parent's alone."""
+    mi = interface()
+    mi.command(lambda request: str(request.peer.address), name="whence", pass_request=True)
+    (folder / "replies").mkdir()
+    with serving(mi, name) as server, Client(server.socket_name, reply_dir=str(folder / "replies") if reply_dir else None) as client:
+        ours, (reading, writing) = client.call_json("whence"), os.pipe()
+        left = os.listdir(folder / "replies")
+        child = os.fork()
+        if not child:
+            try:
+                with client:
+                    os.write(writing, client.call_json("whence").encode())
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(reading, 1000).decode() not in (ours, "")
+        assert os.listdir(folder / "replies") == left and client.call_json("whence") == ours
+        os.close(reading), os.close(writing)
+
+
+def test_client_of_a_link_local_address():
+    """A link-local IPv6 address is one with its scope."""
+    addresses = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    local = [(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(a)), dev) for a, _, _, scope, _, dev in addresses if scope == "20"]
+    if not local:
+        pytest.skip("no interface here has a link-local address")
+    address, device = local[0]
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as server:
+        server.bind((address, 0, 0, socket.if_nametoindex(device)))
+        in_thread(lambda: server.sendto(b"200 OK\nhere\n", server.recvfrom(100)[1]))
+        with Client(f"udp:[{address}%{device}]:{server.getsockname()[1]}") as client:
+            assert client.call("x").nodes == [Node(None, "here")]
 
 
 @pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}])
@@ -3445,9 +3587,14 @@ def test_reply_dir_is_where_the_replies_come_to(folder):
     mi = interface()
     mi.command(lambda request: seen.append(request.peer.address), name="note", pass_request=True)
     (folder / "replies").mkdir()
-    with serving(mi, folder / "s") as server, Client(server.socket_name, reply_dir=str(folder / "replies")) as client:
-        assert client.call("note").code == 200
-        assert client.call_json("note") == "OK"
+    before = os.umask(0o077)
+    try:
+        with serving(mi, folder / "s"), Client(folder / "s", reply_dir=folder / "replies") as client:
+            assert client.call("note").code == 200
+            assert client.call_json("note") == "OK"
+            assert stat.S_IMODE(os.stat(seen[0]).st_mode) == 0o666  # a server of any user can write to it
+    finally:
+        os.umask(before)
     assert seen[0] == seen[1] and Path(seen[0]).parent.parent == folder / "replies"
     assert not os.listdir(folder / "replies")
 
@@ -3510,11 +3657,14 @@ def echo(request, *values, **named):
 def cache_flush(zone: str = "all", limit: int = 0):
     """Drop the cached entries of ZONE."""
     if zone == "none":
-        raise CommandError(404, "No such zone")
+        raise CommandError(404, "No such zone", {"zone": "n\xf6ne\x9b\u202e"})
     return {"Flushed": {"zone": zone, "limit": limit}}
 
 @mi.command
 def nothing(): pass
+
+@mi.command
+def exit(): return "left"
 
 @mi.command
 def who(): return os.getpid()
@@ -3596,6 +3746,11 @@ request_route {
 /* and here the file ends: modparam("mi_datagram", "socket_name", "./wrong7")
 '''
 
+PACKAGES = [  # the __init__.py of a package that has its own copy, and how it is started
+    ("", "-m pack.mi_datagram"), ("from .mi_datagram import Interface", "-m pack.mi_datagram"), ("", "mi_datagram.py"),
+    ("", "-m mi_datagram"),
+]
+
 LOADS = [  # what to load, beside OPS in a.py, and what the refusal says
     ("mi = 1", ["b.py"], ["b.py", "mi"]),
     (OPS, ["b.py:ours"], ["b.py", "ours"]),
@@ -3607,27 +3762,38 @@ LOADS = [  # what to load, beside OPS in a.py, and what the refusal says
 COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     (["nothing"], 0, "", ""),
     (["echo", "a", "b c", "", 'say "hi"', "two\nlines"], 0, 'a\nb c\n\nsay "hi"\ntwo\\nlines\n', ""),
-    (["echo", "n::v", "n::", "::x::y", "-1", "--json"], 0, "n:: v\nn:: \nx::y\n-1\n--json\n", ""),
+    (["echo", "n::v", "n::", "::x::y", "-1", "--", "--json", "-x"], 0, "n:: v\nn:: \nx::y\n-1\n--json\n-x\n", ""),
     (["cache_flush", "limit::3", "zone::x"], 0, "Flushed:: \n\tzone:: x\n\tlimit:: 3\n", ""),
     (["cache_flush", "none"], 1, "", "404 No such zone\n"),
-    (["cache_flush", "limit::many"], 1, "", "400 Bad parameter\n"),
+    (["cache_flush", "limit::many"], 1, "", "400 Bad parameter\nUsage:: cache_flush [ZONE] [LIMIT]\n"),
+    (["cache_flush", "1", "2", "3"], 1, "", "400 Too few or too many arguments\nUsage:: cache_flush [ZONE] [LIMIT]\n"),
+    (["--json", "nothing", "1"], 1, "",
+     '-32602 Invalid params: "Too few or too many parameters"\nUsage:: nothing\n'),
+    (["cache_flsh"], 1, "", "500 command not available\ndid you mean cache_flush?\n"),
+    (["--json", "cache_flsh"], 1, "", "-32601 Method not found\ndid you mean cache_flush?\n"),
     (["nonesuch"], 1, "", "500 command not available\n"),
-    (["--json", "cache_flush", "none"], 1, "", "404 No such zone\n"),
-    (["--json", "nonesuch"], 1, "", "-32601 Method not found\n"),
-    *[(["--json", *words], 0, json.dumps(result, indent=4) + "\n", "") for words, result in [
-        (["nothing"], "OK"),
-        (["echo", "1", "-1.5", "true", '{"a":[]}', "x", '"1"'], [1, -1.5, True, {"a": []}, "x", "1"]),
-        (["cache_flush", "limit::3", "zone::x"], {"Flushed": {"zone": "x", "limit": 3}}),
+    (["--json", "cache_flush", "none"], 1, "", '404 No such zone: {"zone": "n\xf6ne\\u009b\\u202e"}\n'),
+    *[(words, 0, json.dumps(result, indent=4, ensure_ascii=False) + "\n", "") for words, result in [
+        (["--json", "nothing"], "OK"),
+        (["--json", "echo", "1", "-1.5", "true", '{"a":[]}', "x", '"1"'], [1, -1.5, True, {"a": []}, "x", "1"]),
+        (["cache_flush", "limit::3", "--json", "zone::x"], {"Flushed": {"zone": "x", "limit": 3}}),
+        (["echo", "\u20ac", "--json"], ["\u20ac"]),
     ]],
+    (["--json", "echo", "[" * 150 + "1,1" + "]" * 150], 0, "[" * 151 + "1, 1" + "]" * 151 + "\n", ""),
 ]
-WRONG_CALLS = [[], ["a:b"], ["echo", '"\\'], ["--json", "echo", "a", "b::c"], ["--timeout", "soon", "nothing"],
-               ["--timeout", "0", "nothing"], ["-s", "nonsense", "nothing"], ["--nonsense", "nothing"]]
+WRONG_CALLS = [  # wrong words of the command line, and what the one line about them says
+    (["call"], "which command? `call which` lists them"), (["call", "a:b"], "a:b"), (["call", "echo", '"\\'], "backslash"),
+    (["call", "--json", "echo", "a", "b::c"], "not both"), (["call", "--timeout", "soon", "nothing"], "soon"),
+    (["call", "--timeout", "0", "nothing"], "timeout"), (["call", "nothing", "-s", "nonsense"], "nonsense"),
+    (["call", "nothing", "-x"], "-x: there is no such option; what begins with - and is no option stands behind --"),
+    (["uptime"], "did you mean `call uptime`?"), (["-s", "./s", "call", "uptime"], "`call` stands first"),
+    (["--nonsense"], "--nonsense"), (["shell", "uptime"], "did you mean `call uptime`?"), (["--config"], "--config"),
+    (["shell", "-s", "nonsense"], "nonsense"),
+]
 
 CTRL_C = [  # words, what is shown first, keys to type then, exit status
     ("--socket_name ./own", "listening on ", "", 0),
     ("call -s ./s --timeout 600000 hold held", "", "", 130),
-    ("shell -s ./s", "> ", "", 130),
-    ("shell -s ./s --timeout 600000", "> ", "hold held\r", 130),
 ]
 
 CANNOT_SERVE = [  # what a loaded file does to the children, and what the log says of it
@@ -3741,12 +3907,12 @@ def end(server, how, path):
 class Terminal:
     """`python -m mi_datagram ARGUMENTS` in a terminal of its own, until the block ends."""
 
-    def __init__(self, *arguments, cwd=None):
+    def __init__(self, *arguments, cwd=None, history=""):
         self.descriptor, inner = os.openpty()
         self.text = ""
         self.popen = subprocess.Popen(
             [*MI, *map(str, arguments)], stdin=inner, stdout=inner, stderr=inner,
-            cwd=cwd, env={**os.environ, "TERM": "vt100", "INPUTRC": "/dev/null"},
+            cwd=cwd, env={**os.environ, "TERM": "vt100", "INPUTRC": "/dev/null", "MI_DATAGRAM_HISTORY": str(history)},
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(inner)
@@ -3915,6 +4081,43 @@ def test_load_refused(folder, text, loads, named):
     assert not (folder / "s").exists()
 
 
+@pytest.mark.parametrize("package, start", PACKAGES)
+def test_copy_that_is_run_is_the_one_that_is_imported(folder, package, start):
+    """Whatever the name under which the file was started, what it loads imports the same copy by that name."""
+    home = folder / "pack" if "pack" in start else folder
+    home.mkdir(exist_ok=True)
+    shutil.copy(MODULE, home)
+    imports = "from . import mi_datagram; import pack.mi_datagram; assert pack.mi_datagram is mi_datagram"
+    (home / "ops.py").write_text(f"{imports if package or 'pack' in start else 'import mi_datagram'}; mi = mi_datagram.Interface()")
+    (home / "__init__.py").write_text(package)
+    load = "pack.ops:mi" if "pack" in start else "ops.py"
+    python = [sys.executable, "-W", "ignore", *start.split()]
+    with process("-s", "./s", "--load", load, command=python, cwd=folder, env={"PYTHONPATH": str(folder)}):
+        assert values(folder / "s", "version")
+
+
+def test_two_copies_of_two_versions_serve_in_one_process(folder):
+    """Two copies of the file in one process, of two versions, know nothing of each other."""
+    for version in ("1", "2"):
+        (folder / f"pack{version}").mkdir()
+        text = MODULE.read_text().replace("__version__ = ", f'__version__ = "{version}"  # ')
+        (folder / f"pack{version}" / "mi_datagram.py").write_text(text)
+    code = """
+from pack1 import mi_datagram as one; from pack2 import mi_datagram as two
+with one.Interface().server("./1") as a, two.Interface().server("./2") as b, one.Client("./2") as c, two.Client("./1") as d:
+    print(c.call_json("version"), d.call_json("version"))
+"""
+    done = run(sys.executable, "-W", "error", "-c", code, cwd=folder)
+    assert done.stdout == "{'Server': 'mi_datagram (2)'} {'Server': 'mi_datagram (1)'}\n", done.stderr
+
+
+def test_shebang(folder):
+    """The file can be executed as it is."""
+    (folder / "python3").symlink_to(sys.executable)
+    done = run(MODULE, "--version", env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"})
+    assert done.stdout.startswith("mi_datagram ")
+
+
 # ---- call and shell
 
 
@@ -3949,12 +4152,48 @@ def test_call_with_a_reply_dir(folder, main, option):
     assert os.listdir(folder / "replies") == []
 
 
-@pytest.mark.parametrize("words", WRONG_CALLS)
-def test_call_wrong_usage(ops, main, words):
-    """What cannot be sent exits with 2."""
-    done = main("call", "-s", ops, *words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("words, why", WRONG_CALLS)
+def test_wrong_usage(ops, main, words, why):
+    """Wrong usage, and what cannot be sent, is one line that says what is wrong, and exits with 2."""
+    done = main(*words[:1], *["-s", ops][: 2 * (words[:1] == ["call"])], *words[1:])
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and why in done.stderr
+
+
+def test_call_of_several_servers(folder, main, monkeypatch):
+    """A command runs on each server; replies stand under the sockets' names, and the worst exit status counts."""
+    monkeypatch.chdir(folder)
+    dead_socket(folder / "c.sock")
+    (folder / "d.sock").write_text("no socket")
+    socket_names = ["-s", "./[ab]*.sock", "-s", "./[c-z].sock", "-s", "./a.sock"]
+    meet = threading.Barrier(2, timeout=DEADLINE)  # they run at once
+    with contextlib.ExitStack() as stack:
+        for letter in "ab":
+            mi = interface()
+            mi.command(lambda letter=letter: [meet.wait() * 0, letter], name="which_one")
+            stack.enter_context(serving(mi, f"./{letter}.sock"))
+        done = main("call", *socket_names, "which_one")
+        assert done.stdout == "./a.sock:: \n\t0\n\ta\n./b.sock:: \n\t0\n\tb\n"
+        assert (done.returncode, done.stderr) == (3, "mi_datagram: nobody listens on ./c.sock\n")
+        done = main("call", *socket_names[:2], "which_one", "--json")
+        assert (done.returncode, json.loads(done.stdout)) == (0, {"./a.sock": [0, "a"], "./b.sock": [0, "b"]})
+        done = main("call", *socket_names[:2], "nonesuch")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("./a.sock: 500 command not available\n./b.sock: 500 ")
+        assert main("call", "-s", "./a*", "echo", "alone").stdout == "alone\n"
+        assert "nobody listens on ./z*" in main("call", "-s", "./z*", "nothing").stderr
+        (folder / "[ab]*.sock").symlink_to("a.sock")  # a name that is there is no pattern
+        assert main("call", *socket_names[:2], "echo", "alone").stdout == "alone\n"
+        (folder / "[ab]*.sock").unlink()
+        done = run(*MI, "shell", *socket_names, input="echo x\nhelp\n", cwd=folder)
+        assert done.stdout.startswith("./a.sock:: \n\tx\n./b.sock:: \n\tx\n") and done.returncode == 3
+
+
+def test_value_that_was_to_be_named(ops):
+    """On a terminal a line says how a parameter is named, and that a command had nothing to say."""
+    with Terminal("call", "-s", ops, "echo", "limit=5") as terminal:
+        assert terminal.end() == (0, "mi_datagram: limit=5 is sent as a value by position; by name it is limit::5\r\nlimit=5")
+    with Terminal("call", "-s", ops, "nothing") as terminal:
+        assert terminal.end() == (0, "OK")
 
 
 def test_help(main):
@@ -3997,7 +4236,13 @@ STREAMS = {  # what a shell makes of the streams: the exit status, and what stde
     "printf 'euro\\nbad \\377\\neuro\\n' | " + CALL.replace("call", "shell") + "> out; test $(wc -l < out) = 2": (0, None),
     CALL + "--json echo $(printf '[%.0s' $(seq 30000))": (0, ""),
     CALL + "escape": (1, "404 \\x1b]0;owned\\x07\n"),
-    CALL + "garbage": (3, "mi_datagram: the reply cannot be read: no first line 'CODE REASON' at byte 0\n"),
+    CALL + "garbage": (3, "mi_datagram: the reply of ./s cannot be read: no first line 'CODE REASON' at byte 0\n"),
+    "PYTHONIOENCODING=ascii " + CALL + "--json euro | grep -q 'u20ac'": (0, ""),
+    CALL.replace("./s", "./none") + "nothing 2>/dev/full": (3, ""),
+    CALL + "none 2>/dev/full": (1, ""),
+    "test -z \"$(" + CALL.replace("./s", "./none") + "nothing 2>&-)\" && " + CALL.replace("./s", "./none") + "nothing 2>&-": (3, ""),
+    CALL.replace("-s ./s", "") + "2>&-": (2, ""),
+    CALL + "--nonsense 2>/dev/full": (2, ""),
 }
 
 
@@ -4027,29 +4272,107 @@ def test_server_that_lacks_a_descriptor(folder):
     assert not os.listdir(folder)
 
 
-def test_shell_through_a_pipe(ops):
-    """`shell` runs each line that it reads, with no prompt, and goes on after an error."""
-    lines = 'echo a "b c" n::v\n\nnonesuch\necho "\ncache_flush limit::3\nhelp cache_flush'
-    done = run(*MI, "shell", "-s", ops, input=lines)
-    assert done.stdout.startswith("a\nb c\nn:: v\nFlushed:: \n\tzone:: all\n\tlimit:: 3\n")
-    assert "Drop the cached entries of ZONE." in done.stdout
-    assert done.stderr.startswith("500 command not available\n") and done.stderr.count("\n") == 2
-    assert done.returncode == 0
+SHELL_LINES = [  # what is typed, what comes, the exit status
+    ('echo a "b c" n::v\n\nnothing\n', "a\nb c\nn:: v\n", 0),
+    ("nonesuch\ncache_flush limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 1),
+    ('echo "two\nlines" x::"\n"\necho y', "two\\nlines\nx:: \\n\ny\n", 0), ('echo x\necho "y', "x\n", 2),
+    (":cache_flush: limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 0), ("echo x\na:b\nnothing", "x\n", 2),
+    ("? nothing\nhelp nothing", "Usage:: nothing\nHelp:: \n\t\n" * 2, 0), ("json\ncall", "", 2),
+    ("exit\necho x", "", 0), ("quit", "", 0), ("call exit\njson call exit", 'left\n"left"\n', 0),
+    ("json echo 1", "[\n    1\n]\n", 0), ("--json\necho 1\n? nothing\n", '[\n    1\n]\n{\n    "Usage"', 0),
+]
 
 
-def test_shell_in_a_terminal(ops):
-    """`shell` prompts, completes commands and names of parameters from the server, has history, and ends at Ctrl-D."""
-    with Terminal("shell", "-s", ops) as terminal:
-        for keys, shown in [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n")]:
-            terminal.type(keys)
-            terminal.expect(shown)
-        for keys, shown in [("\033[A\r", "\tlimit:: 3\r\n"), ("help upt\t\r", "Usage:: uptime\r\n")]:
+@pytest.mark.parametrize("lines, stdout, status", SHELL_LINES, ids=range(len(SHELL_LINES)))
+def test_shell_through_a_pipe(ops, lines, stdout, status):
+    """`shell` runs each line that it reads, without a prompt, goes on after errors, and exits with the worst status."""
+    option, _, rest = lines.partition("\n")
+    json_too = option == "--json"
+    done = run(*MI, "shell", "-s", ops, *[option] * json_too, input=rest if json_too else lines)
+    assert (done.stdout[: len(stdout) if json_too else None], done.returncode) == (stdout, status)
+    assert len(done.stderr.splitlines()) == (status > 0) + ("json" in lines and status == 2)
+
+
+def test_shell_in_a_terminal(folder, ops):
+    """`shell` prompts, completes commands and names of parameters, has the history of earlier ones, and says OK."""
+    for recalled in (False, True):
+        with Terminal("shell", "-s", ops, history=folder / "history") as terminal:
             terminal.expect("> ")
-            terminal.type(keys)
-            terminal.expect(shown)
-        terminal.expect("> ")
+            if recalled:
+                terminal.type("\033[A\r")
+                terminal.expect("nothing\r\nOK\r\n")
+            for keys, shown in [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n")]:
+                terminal.type(keys)
+                terminal.expect(shown)
+            for keys, shown in [("\033[A\r", "\tlimit:: 3\r\n"), ("help upt\t\r", "Usage:: uptime\r\n"),
+                                ("json ? upt\t\r", '"Usage": "uptime'), ("nothing\r", "OK\r\n")]:
+                terminal.expect("> ")
+                terminal.type(keys)
+                terminal.expect(shown)
+            terminal.expect("> ")
+            terminal.type("dropped")
+            terminal.expect("dropped")
+            terminal.type("\3")
+            terminal.expect("> ")
+            terminal.type("exit\r" if recalled else "\4")
+            assert terminal.end() == (0, "exit" if recalled else "")
+    assert stat.S_IMODE((folder / "history").stat().st_mode) == 0o600
+    assert "json ? uptime" in (folder / "history").read_text() and "dropped" not in (folder / "history").read_text()
+
+
+def test_shell_and_a_server_that_comes_and_goes(folder):
+    """On a terminal `shell` says at once when nobody listens, and finds a server that starts; Ctrl-C ends waiting."""
+    with Terminal("shell", "--timeout", "600000", "-s", folder / "s", history="") as terminal:
+        terminal.expect(f"nobody listens on {folder}/s\r\n")
+        for _ in range(2):
+            terminal.expect("> ")
+            with ops_process(folder):
+                terminal.type(f"hold {folder}/held\r")
+                wait_until((folder / "held").exists)
+                terminal.type("\3")
+                terminal.expect("> ")
+                (folder / "held").unlink()
+                terminal.type("who\r")
+                terminal.expect("who\r\n")
+                terminal.expect("\r\n")
+            terminal.expect("> ")
+            terminal.type("who\r")
+            terminal.expect("nobody listens")
         terminal.type("\4")
-        assert terminal.end() == (0, "")
+        assert terminal.end()[0] == 0
+    assert not (folder / "history").exists()
+
+
+class FakeReadline(types.ModuleType):
+    """What the shell takes of readline, built with libedit, with a line to complete."""
+
+    def __init__(self):
+        super().__init__("readline", "This module uses libedit")
+        self.bound, self.line = [], ""
+        self.parse_and_bind = self.bound.append
+        self.set_completer_delims = self.set_history_length = self.read_history_file = lambda _: None
+        self.write_history_file = self.set_completer = lambda value: setattr(self, "completer", value)
+        self.get_line_buffer, self.get_begidx = lambda: self.line, lambda: self.line.rfind(" ") + 1
+
+
+def test_names_that_tab_offers(folder, monkeypatch):
+    """With libedit, too, TAB completes; of what a hostile server says, only names that can be typed and shown."""
+    names = ["good", "bad name", "two\nlines", "es\x1bcape", "bi\u202edi", "c1\x9b", "", "caf\xe9"]
+    readline, console = FakeReadline(), mi_datagram._Console(types.SimpleNamespace(
+        socket_name=[str(folder / "none"), str(folder / "s")], timeout=1000, reply_dir=None, json=False))
+    monkeypatch.setitem(sys.modules, "readline", readline)
+    monkeypatch.setenv("MI_DATAGRAM_HISTORY", "")
+    shell = mi_datagram._Shell(console)
+    with shell.line_editing():
+        assert readline.bound == ["bind ^I rl_complete"]
+    mi = Interface(core=())
+    mi.command(lambda command=None: [names, ["good"]] if command else names, name="which")
+    with serving(mi, folder / "s"):
+        for line, offered in {"": ["good ", "caf\xe9 "], "json ": ["good ", "caf\xe9 "], "help g": ["good "],
+                              "json x go": ["good::"], "x go": ["good::"], "x y": []}.items():
+            readline.line = line
+            text = line[readline.get_begidx():]
+            assert [shell.complete(text, state) for state in range(len(offered) + 1)] == [*offered, None]
 
 
 @pytest.mark.parametrize("words, before, keys, status", CTRL_C)
@@ -4418,7 +4741,15 @@ def test_rule_for_another_kind_of_socket(folder, main, arguments):
     assert done.stderr.count("\n") == 1 and not contents(folder)
 
 
+def test_allow_user_where_nobody_is_known(folder, main, monkeypatch):
+    """Where the system does not tell who a peer is, --allow_user is refused at the start."""
+    monkeypatch.setattr(mi_datagram, "SO_PASSCRED", 0)
+    done = main("--socket_name", folder / "s", "--allow_user", "0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "allow_user" in done.stderr and not contents(folder)
+
+
 # ---- systemd
+
 
 
 @pytest.mark.parametrize("host, children", [("", 1), ("", 2), ("127.0.0.1", 1), ("::1", 2)])
