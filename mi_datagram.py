@@ -2431,7 +2431,7 @@ class Client:
         self._last_id += 1
         call = {"jsonrpc": "2.0", "method": method, "params": named or list(params), "id": self._last_id}
         try:
-            request = _json_encoder(None)(call).encode()
+            request = json.dumps(call, allow_nan=False, separators=(",", ":")).encode()
         except (TypeError, ValueError, RecursionError) as wrong:
             raise RequestError(f"parameters of {method!a}: {wrong}") from None
         answer = self.exchange(request, self._read_answer)
@@ -2441,15 +2441,13 @@ class Client:
         raise CommandError(error["code"], error["message"], error.get("data"))
 
     def _read_answer(self, reply: bytes) -> Any:
-        """Return the answer to the present call; one that is an error may have lost its id."""
+        """Return the answer to the present call; an error may have lost its id."""
         _check_nesting(reply)
         answer = json.loads(reply)
-        try:
-            is_whole = "result" in answer or answer["error"].keys() >= {"code", "message"}
-            if is_whole and answer.get("id") in (self._last_id, None):
+        if isinstance(answer, dict) and answer.get("id") in (self._last_id, None):
+            error = answer.get("error")
+            if "result" in answer or (isinstance(error, dict) and error.keys() >= {"code", "message"}):
                 return answer
-        except (TypeError, LookupError, AttributeError):
-            pass  # JSON of another kind
         raise ValueError("it answers no present call")
 
     def exchange(self, request: bytes, read: Callable[[bytes], Any] = bytes) -> Any:
@@ -2834,9 +2832,7 @@ def _literal(value: str, where: str) -> str | int:
 
 INDENTED_LEVELS = 8  # of JSON; the indents of deep ones would be a thousand times what they indent
 HISTORY = 1000  # lines that the shell remembers
-SHELL_HELP = (
-    "`help` lists commands, `help COMMAND` explains one, `json COMMAND` shows JSON, TAB completes, `exit` ends."
-)
+SHELL_HELP = "`help` lists commands, `help COMMAND` explains one, `json COMMAND` shows JSON, `exit` ends; TAB completes"
 
 
 class _Answer(typing.NamedTuple):
@@ -2988,7 +2984,7 @@ class _Shell:
             if answer.status == 3:
                 print_error(answer.errors[0])
         with self.line_editing():
-            for _ in iter(self.step, None):
+            while self.step() is not None:
                 pass
         return 0
 
@@ -3050,11 +3046,12 @@ class _Shell:
         readline.set_completer_delims(" \t\n")
         readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
         readline.set_history_length(HISTORY)
-        path = _history_file()
-        with contextlib.suppress(OSError):
+        path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
+        with contextlib.suppress(OSError, ValueError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             readline.read_history_file(path)
         yield
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             readline.write_history_file(path)
 
     def complete(self, text: str, state: int) -> str | None:
@@ -3068,17 +3065,6 @@ class _Shell:
             names = next((_names(answer, bool(command)) for answer in answers if not answer.status), [])
             self.found = [name + ("::" if command else " ") for name in names if name.startswith(text)]
         return self.found[state] if state < len(self.found) else None
-
-
-def _history_file() -> str:
-    """Return the path of the history file, which its user alone can read; "" where there is to be none."""
-    path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
-    with contextlib.suppress(OSError, ValueError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        if os.path.isfile(path):
-            os.chmod(path, 0o600)
-            return path
-    return ""
 
 
 # ------------------------------------------------------------- command line ----
