@@ -715,11 +715,13 @@ class Command:
         return [[name for name in names if name not in out] for out in left_out]
 
     def usage(self) -> str:
-        """Write the call as a line to type: required parameters bare, others in brackets."""
+        """Write the call as a line to type: required parameters bare, others in brackets, types where there are."""
         words = [self.name]
         for p in self.parameters:
             is_star = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
             word = "NAME::VALUE" if p.kind is p.VAR_KEYWORD else p.name.upper()
+            kind, _ = self._kinds.get(p.name, (str, False))
+            word += "" if kind is str else f":{kind.__name__}"
             word = f"{p.name}::{word}" if p.kind is p.KEYWORD_ONLY else word
             word = f"[{word}]" if is_star or p.default is not p.empty else word
             words.append(f"{word}..." if is_star else word)
@@ -1520,7 +1522,10 @@ class _Core:
             group = [name for name, one in names.items() if (name if is_json else one.name).startswith(command)]
             if group:
                 return sorted(group)
-        return self._find(command, request.dialect).overloads()
+        calls = self._find(command, request.dialect).overloads()
+        return (
+            calls if request.dialect == "json" else ["".join([command, *[f" {n}::" for n in call]]) for call in calls]
+        )
 
     def help(self, request: Request, command: str | None = None, *, mi_cmd: str | None = None) -> Any:
         """Say what each command does, or how to call COMMAND; OpenSIPS's clients call the parameter mi_cmd."""
@@ -3153,17 +3158,16 @@ def _hints(client: Client, command: str, error: CommandError, as_json: bool) -> 
     if command in ("help", "which"):
         return []
     if error.code == -32601 or (error.code, error.reason) == (500, "command not available"):
-        names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json)))
+        names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json), ".+"))
         return [f"did you mean {' or '.join(names)}?"] if names else []
     if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
-        return re.findall("^(?m:Usage:: .*)", _tree(_ask(client, ["help", command], as_json).data))
+        return re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json).data))
     return []
 
 
-def _names(which: _Answer, of_parameters: bool = False) -> list[str]:
-    """List the names in an answer of `which` that can be typed; those of parameters may share a line."""
-    text = _tree(which.data)
-    names = dict.fromkeys(text.split() if of_parameters else text.split("\n"))
+def _names(which: _Answer, pattern: str) -> list[str]:
+    """List what PATTERN finds in an answer of `which`, as far as it can be typed."""
+    names = dict.fromkeys(re.findall(pattern, _tree(which.data)))
     return [name for name in names if name.isprintable() and name.split() == [name] and "\\" not in name]
 
 
@@ -3296,7 +3300,8 @@ class _Shell:
             words, as_json = self.interpret(readline.get_line_buffer()[: readline.get_begidx()].split())
             command = [] if words[:1] == ["help"] else words[:1]
             answers = self.console.ask(["which", *command], as_json).values()  # the first one will do
-            names = next((_names(answer, bool(command)) for answer in answers if not answer.status), [])
+            pattern = ".+" if not command else r"\S+" if as_json else r"(\S+)::"
+            names = next((_names(answer, pattern) for answer in answers if not answer.status), [])
             self.found = [name + ("::" if command else " ") for name in names if name.startswith(text)]
         return self.found[state] if state < len(self.found) else None
 

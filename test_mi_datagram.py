@@ -434,9 +434,9 @@ CORE_REPLIES = [  # core commands in the line dialect, and their replies as the 
     ("arg:\n", "".join([re.escape(argument) + "\n" for argument in sys.argv])),
     ("debug:\n", r"DEBUG:: 0\n"), ("log_level:\n", r"Log level:: 1\n"), ("kill:\n", ""),
     ("which:\n", "".join([f"{command}\n" for command in sorted([*CORE, "flush", "size"])])),
-    ("which:\nflush\n", "\n\tzone\n\n\tzone\n\tlimit\n"), ("which:\ncache:\n", "size\n"),
+    ("which:\nflush\n", "flush zone::\nflush zone:: limit::\n"), ("which:\ncache:\n", "size\n"),
     ("help:\n", r"(.*\n)*flush:: Drop the entries of ZONE\.\n(.*\n)*size:: \n(.*\n)*"), ("help:\nsize\n", "Usage:: size\n"),
-    ("help:\nflush\n", r"Usage:: flush ZONE \[LIMIT\]\nHelp:: \n\tDrop the entries of ZONE\.\n\t\n\tAt most LIMIT\.\n"),
+    ("help:\nflush\n", r"Usage:: flush ZONE \[LIMIT:int\]\nHelp:: \n\tDrop the entries of ZONE\.\n\t\n\tAt most LIMIT\.\n"),
     ("get_statistics:\nall\n", r"(\w+:\w+:: \d+\n)+"), ("threads:\n", r"(Thread:: [^\n]+\n(\t[^\n]+:\d+ [^\n]+\n)+)+"),
     ("get_statistics:\nsize\nnone\nhits\n", "cache:size:: 7\ncache:hits:: 3\nother:hits:: 1\n"),
     ("clear_statistics:\ncache:hits\n", "cache:hits:: 3\n"), ("reset_statistics:\nother:\n", ""),
@@ -463,7 +463,7 @@ SHAPES = [  # names of a command, its params, its answer in JSON, of each text a
     ("help core:help", ["uptime"], {"Help": "Tell the time.*", "Exported by": "core", "Usage": "uptime"}),
     ("help", {"mi_cmd": "statistics:get"}, {"Help": ".+", "Exported by": "statistics", "Usage": r"get_statistics .+"}),
     ("help", {"command": "size"}, {"Help": "", "Exported by": "cache", "Usage": "cache:size"}),
-    ("help", ["flush"], {"Help": "Drop the(.*\n)+At most LIMIT.", "Exported by": "probe", "Usage": r"flush ZONE \[LIMIT\]"}),
+    ("help", ["flush"], {"Help": "Drop the(.*\n)+At most LIMIT.", "Exported by": "probe", "Usage": r"flush ZONE \[LIMIT:int\]"}),
     *[("get_statistics statistics:get", params, {"cache:size": 7, "other:hits": 1}) for params in SELECT],
     ("get_statistics", {"statistics": []}, error(*BAD_PARAMS, "Empty array in parameter 'statistics'")),
     ("get_statistics clear statistics:reset", [], BAD_NUMBER), ("get_statistics list", [["none", "", "none:", "cache", "cache:hit"]], error(404, "Statistics Not Found")),
@@ -3732,8 +3732,8 @@ COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     (["echo", "n::v", "n::", "::x::y", "-1", "--", "--json", "-x"], 0, "n:: v\nn:: \nx::y\n-1\n--json\n-x\n", ""),
     (["cache_flush", "limit::3", "zone::x"], 0, "Flushed:: \n\tzone:: x\n\tlimit:: 3\n", ""),
     (["cache_flush", "none"], 1, "", "404 No such zone\n"),
-    (["cache_flush", "limit::many"], 1, "", "400 Bad parameter\nUsage:: cache_flush [ZONE] [LIMIT]\n"),
-    (["cache_flush", "1", "2", "3"], 1, "", "400 Too few or too many arguments\nUsage:: cache_flush [ZONE] [LIMIT]\n"),
+    (["cache_flush", "limit::many"], 1, "", "400 Bad parameter\nUsage:: cache_flush [ZONE] [LIMIT:int]\n"),
+    (["cache_flush", "1", "2", "3"], 1, "", "400 Too few or too many arguments\nUsage:: cache_flush [ZONE] [LIMIT:int]\n"),
     (["--json", "nothing", "1"], 1, "",
      '-32602 Invalid params: "Too few or too many parameters"\nUsage:: nothing\n'),
     (["cache_flsh"], 1, "", "500 command not available\ndid you mean cache_flush?\n"),
@@ -4244,9 +4244,9 @@ SHELL_LINES = [  # what is typed, what comes, the exit status
     ("nonesuch\ncache_flush limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 1),
     ('echo "two\nlines" x::"\n"\necho y', "two\\nlines\nx:: \\n\ny\n", 0), ('echo x\necho "y', "x\n", 2),
     (":cache_flush: limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 0), ("echo x\na:b\nnothing", "x\n", 2),
-    ("? nothing\nhelp nothing", "Usage:: nothing\nHelp:: \n\t\n" * 2, 0), ("json\ncall", "", 2),
+    ("? nothing\nhelp nothing", "Usage:: nothing\n" * 2, 0), ("json\ncall", "", 2),
     ("exit\necho x", "", 0), ("quit", "", 0), ("call exit\njson call exit", 'left\n"left"\n', 0),
-    ("json echo 1", "[\n    1\n]\n", 0), ("--json\necho 1\n? nothing\n", '[\n    1\n]\n{\n    "Usage"', 0),
+    ("json echo 1", "[\n    1\n]\n", 0), ("--json\necho 1\n? nothing\n", '[\n    1\n]\n{\n    "Help"', 0),
 ]
 
 
@@ -4333,7 +4333,11 @@ def test_names_that_tab_offers(folder, monkeypatch):
     with shell.line_editing():
         assert readline.bound == ["bind ^I rl_complete"]
     mi = Interface(core=())
-    mi.command(lambda command=None: [names, ["good"]] if command else names, name="which")
+
+    @mi.command(pass_request=True)
+    def which(request, command=None):
+        return names if not command else [["good"], ["c1\x9b"]] if request.dialect == "json" else ["x", "x good:: c1\x9b::"]
+
     with serving(mi, folder / "s"):
         for line, offered in {"": ["good ", "caf\xe9 "], "json ": ["good ", "caf\xe9 "], "help g": ["good "],
                               "json x go": ["good::"], "x go": ["good::"], "x y": []}.items():
