@@ -4970,35 +4970,47 @@ def test_whatever_comes_in_the_invariant_holds(kind, folder, monkeypatch, caplog
 
 # ------------------------------------------------------- clients of others ----
 
-# For OpenSIPSMI.execute: command, parameters, result or the text of the error.
+# For OpenSIPSMI.execute: command, parameters, result; or the text of the error.
 OPENSIPS_CALLS = [
-    ("nothing", None, "OK"),
-    ("echo", ["a", 1, None], ["a", 1, None]),
+    ("nothing", None, "OK"), ("echo", ["a", 1, None], ["a", 1, None]),
     ("cache_flush", ["x", 3], {"Flushed": {"zone": "x", "limit": 3}}),
-    ("cache_flush", {"limit": 3}, {"Flushed": {"zone": "all", "limit": 3}}),
-    ("get_statistics", {"statistics": ["mi_datagram:parse_errors"]}, {"mi_datagram:parse_errors": 0}),
+    ("cache_flush", {"limit": "3"}, {"Flushed": {"zone": "all", "limit": 3}}),
+    ("statistics:get", {"statistics": ["mi_datagram:parse_errors"]}, {"mi_datagram:parse_errors": 0}),
     ("which", {"command": "cache_flush"}, [[], ["zone"], ["zone", "limit"]]),
 ]
 OPENSIPS_ERRORS = [
-    ("nonesuch", None, "-32601: Method not found"),
+    ("nonesuch", None, "-32601: Method not found"), ("cache_flush", ["none"], "404: No such zone"),
     ("cache_flush", [1, 2, 3], "-32602: Invalid params (Too few or too many parameters)"),
     ("cache_flush", {"zones": "x"}, "-32602: Invalid params (Named parameters do not match)"),
-    ("cache_flush", {"limit": "3"}, "-32602: Invalid params (limit)"),
-    ("cache_flush", ["none"], "404: No such zone"),
+    ("cache_flush", {"limit": "x"}, "-32602: Invalid params (Bad type for parameter 'limit')"),
 ]
-# For `opensips-cli -x mi`: words, result; or what the error says.
+# For `opensips-cli -x mi`: words, and what it prints; or what the error says.
+X3 = {"Flushed": {"zone": "x", "limit": 3}}
+NO_ERRORS = {"mi_datagram:parse_errors": 0, "mi_datagram:forbidden": 0}
 CLI_CALLS = [
-    (["nothing"], "OK"),
-    (["echo", "a", "b c"], ["a", "b c"]),
-    (["cache_flush", "zone=x"], {"Flushed": {"zone": "x", "limit": 0}}),
-    (["-j", "cache_flush", "x", "3"], {"Flushed": {"zone": "x", "limit": 3}}),
-    (["get_statistics", "parse_errors", "forbidden"], {"mi_datagram:parse_errors": 0, "mi_datagram:forbidden": 0}),
+    (["nothing"], "OK"), (["echo", "a", "b c"], ["a", "b c"]), (["-j", "cache_flush", "x", "3"], X3),
+    (["cache_flush", "zone=x", "limit=3"], X3), (["cache_flush", "x", "3"], X3),
+    *[([name, *words], NO_ERRORS) for name in ("get_statistics", "statistics:get")
+      for words in (["parse_errors", "forbidden"], ["statistics=parse_errors forbidden"])],
+    *[([name], {"Server": f"mi_datagram ({mi_datagram.__version__})"}) for name in ("version", "core:version")],
+    (["which", "cache_flush"], [[], ["zone"], ["zone", "limit"]]), (["which", "core:ps"], [[]]),
 ]
+CLI_OUTPUT = {  # output_type, and what it makes of X3
+    "pretty-print": re.escape(json.dumps(X3, indent=4)), "dictionary": r".*zone\W+x\W+limit\W+3\W+",
+    "lines": "Flushed:\n    zone: x\n    limit: 3", "yaml": r"(?s).*zone.*x.*limit.*3.*", "none": "",
+}
 CLI_ERRORS = [
     (["nonesuch"], "no command 'nonesuch'"),  # as `which` says
     (["cache_flush", "zone=none"], "404: No such zone"),
     (["cache_flush", "zones=x"], "-32602: Invalid params (Named parameters do not match)"),
+    (["cache_flush", "limit=x"], "-32602: Invalid params (Bad type for parameter 'limit')"),
 ]
+KAMCLI = {  # words of kamcli, and what it prints
+    "ps": r" *0 +\d+ .+\n", "uptime": r'(?s).*"up_since": ".+', "srv version": r'(?s).*"result": "mi_datagram \(.+',
+    "stats": r"(?s).*mi_datagram:requests = \d+.*", "stats -s parse_errors": r"(?s).*mi_datagram:parse_errors = 0.*",
+    "stats mi_datagram:": r"(?s).*mi_datagram:requests = \d+.*", "rpcmethods": r'(?s).*"cache_flush",\s+"core\.arg".*',
+    "jsonrpc cache_flush s:x i:3": r'(?s).*"limit": 3\s.*', "jsonrpc cache_flush x 3": r'(?s).*"limit": 3\s.*',
+}
 CLI_COMPLETION = """import sys
 from opensipscli import args, cli
 shell = cli.OpenSIPSCLI(args.OpenSIPSCLIArgs(config=sys.argv[1], command=["mi"]))
@@ -5064,13 +5076,19 @@ def test_opensips(opensips_settings):
 
 @pytest.mark.clients
 def test_opensips_cli(run_cli):
-    """opensips-cli runs the commands that `which` lists, and refuses others."""
+    """opensips-cli runs the commands that `which` lists, refuses others, and prints replies in each of its ways."""
+    cli = ("-m", "opensipscli.main", "-f", "cli.cfg")
     for words, result in CLI_CALLS:
-        done = run_cli("-m", "opensipscli.main", "-f", "cli.cfg", "-x", "--", "mi", *words)
+        done = run_cli(*cli, "-x", "--", "mi", *words)
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout) == result
+    for kind, text in CLI_OUTPUT.items():
+        done = run_cli(*cli, "-o", f"output_type={kind}", "-x", "--", "mi", "cache_flush", "x", "3")
+        assert re.fullmatch(text, done.stdout.strip()), done
+    ((kind, pid),) = [(one["Type"], one["PID"]) for one in json.loads(run_cli(*cli, "-x", "mi", "ps").stdout)["Processes"]]
+    assert kind and process_state(pid)[0] != "X"
     for words, error in CLI_ERRORS:
-        done = run_cli("-m", "opensipscli.main", "-f", "cli.cfg", "-x", "--", "mi", *words)
+        done = run_cli(*cli, "-x", "--", "mi", *words)
         assert done.returncode != 0 and error in done.stdout + done.stderr
 
 
@@ -5100,6 +5118,19 @@ def test_opensips_mi(folder, node_modules):
             (folder / "held").unlink()
             assert patient.communicate(timeout=60)[0] == "200,released\n"
         assert not (folder / "held").exists()
+
+
+@pytest.mark.clients
+def test_kamcli(folder):
+    """Kamailio's kamcli knows our processes, statistics and commands by its own names for them."""
+    if not shutil.which("kamcli"):
+        pytest.skip("kamcli is not here (apt install kamcli)")
+    (folder / "kamcli.ini").write_text(f"[ctl]\ntype=jsonrpc\n[jsonrpc]\ntransport=socket\noutformat=json\n"
+                                       f"srvaddr={folder}/s\nrcvaddr={folder}/reply\nkamgroup={grp.getgrgid(os.getgid()).gr_name}\n")
+    with ops_process(folder):
+        for words, printed in KAMCLI.items():
+            done = run("kamcli", "--no-default-configs", "--config", folder / "kamcli.ini", *words.split())
+            assert done.returncode == 0 and re.fullmatch(printed, done.stdout), done
 
 
 # ------------------------------------------------------------------- README ----
