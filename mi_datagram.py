@@ -2794,13 +2794,7 @@ def print_error(text: str, prefix: str = "mi_datagram: ") -> None:
     try:
         print(f"{prefix}{escape_control_characters(text)}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        _discard(2)
-
-
-def _discard(descriptor: int) -> None:
-    """Send what is left for a stream that cannot be written to nowhere: the interpreter's end would fail with it."""
-    with contextlib.suppress(OSError), open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), descriptor)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for what is left in its buffer
 
 
 # ------------------------------------------------------------------ systemd ----
@@ -3312,19 +3306,13 @@ DEFAULT_SOCKET = "./mi_datagram.sock"
 
 # Of serving and of each subcommand: how it is written, and what it does.
 USAGES = {
-    "": (
-        "[-s NAME] [--load MODULE_OR_FILE[:NAME]]... [OPTION]...",
-        "Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`. "
-        "--a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.",
-    ),
-    "call": (
-        "call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...",
-        "Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.",
-    ),
-    "shell": (
-        "shell [-s NAME]... [--json] [--timeout MS]",
-        "Run commands of a server as they are typed; `help` lists them, `exit` ends.",
-    ),
+    "": """[-s NAME] [--load MODULE_OR_FILE[:NAME]]... [OPTION]...
+        Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.
+        --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
+    "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
+        Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.""",
+    "shell": """shell [-s NAME]... [--json] [--timeout MS]
+        Run commands of a server as they are typed; `help` lists them, `exit` ends.""",
 }
 
 
@@ -3349,7 +3337,7 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
         def error(self, message: str) -> typing.NoReturn:
             raise ParameterError(f"{message}; see `python -m {self.prog} --help`")
 
-    usage, description = USAGES[command]
+    usage, _, description = USAGES[command].partition("\n")
     parser = Parser(
         f"mi_datagram {command}".rstrip(),
         f"python -m mi_datagram {usage}",
@@ -3514,7 +3502,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_error(str(error))
         return 2
     except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
-        _discard(1)  # what is left in its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
         if isinstance(error, BrokenPipeError):
             return 128 + 13  # as a shell says of SIGPIPE
         print_error(str(error))

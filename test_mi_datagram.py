@@ -3361,46 +3361,22 @@ def test_client_hears_its_server_alone(name):
 
 
 @contextlib.contextmanager
-def stand_in(name, serve):
-    """Have a plain socket at NAME, for servers of others and hostile ones; SERVE(socket, request, client) answers."""
-    family = socket.AF_INET if name.startswith("udp:") else socket.AF_UNIX
+def stand_in(name, serve, calls=1):
+    """Have a plain socket in place of a server; SERVE(socket, request, client) does what others and hostile ones do."""
+    family = socket.AF_INET if name == "udp:" else socket.AF_UNIX
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0) if family == socket.AF_INET else name)
-
-        def run():
-            with contextlib.suppress(OSError):
-                while True:
-                    request, client = sock.recvfrom(1 << 16)
-                    if not request:
-                        break
-                    serve(sock, request, client)
-
-        thread = in_thread(run)
-        yield f"udp:127.0.0.1:{sock.getsockname()[1]}" if family == socket.AF_INET else name
-        with socket.socket(family, socket.SOCK_DGRAM) as other:
-            other.sendto(b"", sock.getsockname())
+        sock.bind(("127.0.0.1", 0) if name == "udp:" else str(name))
+        thread = in_thread(lambda: [serve(sock, *sock.recvfrom(1 << 16)) for _ in range(calls)])
+        yield f"udp:127.0.0.1:{sock.getsockname()[1]}" if name == "udp:" else name
         thread.join(DEADLINE)
-
-
-def send_as(uid, sock, data, address):
-    """Send from a process that runs as UID."""
-    child = os.fork()
-    if not child:
-        try:
-            if uid != os.getuid():
-                os.setuid(uid)
-            sock.sendto(data, address)
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
 
 
 US, NOBODY, OTHER = os.getuid(), 65534, 65533
 REPLIERS = [  # who owns the socket file, who replies, from which socket, and whether a client takes it
-    (US, US, "server", True), (US, US, "unbound", True), (US, US, "elsewhere", False),  # ours; OpenSIPS and the original
+    (US, US, "server", True), (US, US, "unbound", True), (US, US, "elsewhere", False),  # the second: OpenSIPS
     (0, NOBODY, "server", True), (0, NOBODY, "unbound", False), (0, NOBODY, "elsewhere", False),
     (NOBODY, NOBODY, "unbound", True), (NOBODY, 0, "unbound", True), (NOBODY, OTHER, "unbound", False),
-    (NOBODY, OTHER, "relative", False), (NOBODY, 0, "relative", True),
+    (NOBODY, OTHER, "./s", False), (NOBODY, 0, "./s", True),  # anybody can have a relative name, in another folder
 ]  # fmt: skip
 
 
@@ -3410,39 +3386,44 @@ def test_whose_reply_a_client_takes(folder, monkeypatch, owner, replier, whence,
     if US and {owner, replier} != {US}:
         pytest.skip("only root can send as somebody else")
     monkeypatch.chdir(folder)
-    (folder / "other").mkdir()
-    path = "./s" if whence == "relative" else str(folder / "s")
+    path = "./s" if whence == "./s" else str(folder / "s")
 
     def serve(server, request, client):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-            if whence == "elsewhere":
-                other.bind("")
-            elif whence == "relative":  # the server's name, had by somebody in another folder
-                os.chdir("other")
-                other.bind("./s")
-                os.chdir(folder)
-            send_as(replier, server if whence == "server" else other, b"200 OK\nfirst\n", client)
-        server.sendto(b"200 OK\nlast\n", client)
+        child = os.fork()
+        if not child:
+            try:
+                sock = server if whence == "server" else socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                if whence in ("elsewhere", "./s"):
+                    os.mkdir("other")
+                    os.chdir("other")
+                    sock.bind("" if whence == "elsewhere" else whence)
+                os.setuid(replier)
+                sock.sendto(b"200 OK\nfirst\n", client)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        with contextlib.suppress(ConnectionError):
+            server.sendto(b"200 OK\nlast\n", client)
 
     with stand_in(path, serve), Client(path) as client:
         os.chown(path, owner, -1)
         assert client.call("anything").nodes == [Node(None, "first" if taken else "last")]
 
 
-@pytest.mark.parametrize("socket_name, dialect", [("./s", "line"), ("./s", "json"), ("udp:", "json")])
-def test_client_gives_up(folder, monkeypatch, socket_name, dialect):
+@pytest.mark.parametrize("name, dialect", [("./s", "line"), ("./s", "json"), ("udp:", "json")])
+def test_client_gives_up(folder, monkeypatch, name, dialect):
     """At its timeout a client gives up, however many datagrams that are no reply go on coming; it says what they are."""
     monkeypatch.chdir(folder)
     given_up = threading.Event()
 
     def serve(server, request, client):
         with socket.socket(server.family, socket.SOCK_DGRAM) as stranger:
+            stranger.bind("" if name == "./s" else ("127.0.0.1", 0))
             while not given_up.is_set():
                 with contextlib.suppress(OSError):
-                    sock = stranger if dialect == "line" and stranger.bind("") is None else server
-                    sock.sendto(b'{"result":1,"id":99999}', socket.MSG_DONTWAIT, client)
+                    (stranger if dialect == "line" else server).sendto(b'{"result":1,"id":9}', socket.MSG_DONTWAIT, client)
 
-    with stand_in(socket_name, serve) as name, Client(name, timeout=50) as client:
+    with stand_in(name, serve) as name, Client(name, timeout=50) as client:
         begin = time.monotonic()
         with pytest.raises(mi_datagram.NoAnswer, match="within 50 ms; a datagram was dropped: "):
             client.call("x") if dialect == "line" else client.call_json("x")
@@ -3452,8 +3433,7 @@ def test_client_gives_up(folder, monkeypatch, socket_name, dialect):
 
 def test_client_of_a_server_that_does_not_read(folder):
     """Where a server's queue is full, a client gives up at its timeout, and sleeps until then."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server, Client(str(folder / "s"), timeout=300) as client:
-        server.bind(str(folder / "s"))
+    with bound_socket(folder / "s"), Client(folder / "s", timeout=300) as client:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, contextlib.suppress(BlockingIOError):
             while True:
                 other.sendto(b"x", socket.MSG_DONTWAIT, str(folder / "s"))
@@ -3463,9 +3443,9 @@ def test_client_of_a_server_that_does_not_read(folder):
         assert time.process_time() - begin < 0.1
 
 
+DEEP = b'{"id":1,"result":' + b"[" * 200 + b"]" * 200 + b"}"
 HOSTILE_ANSWERS = [
-    b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":2,"result":1}',
-    b'{"id":1,"result":' + b"[" * 200 + b"]" * 200 + b"}",
+    b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":2,"result":1}', DEEP,
 ]  # fmt: skip
 
 
@@ -3476,16 +3456,15 @@ def test_client_takes_no_nonsense(folder, answer):
         server.sendto(answer, client)
         server.sendto(b'{"jsonrpc":"2.0","result":"right","id":1}', client)
 
-    with stand_in(str(folder / "s"), serve) as name, Client(name) as client:
+    with stand_in(folder / "s", serve), Client(folder / "s") as client:
         assert client.call_json("anything") == "right"
 
 
 def test_deep_replies(folder):
     """A reply of more than 200 levels is NoAnswer, which says so, in either dialect."""
-    lines = b"200 OK\n" + b"".join([b" " * depth + b"x\n" for depth in range(300)])
-    answer = b'{"id":1,"result":' + b"[" * 200 + b"]" * 200 + b"}"
-    with stand_in(str(folder / "s"), lambda server, request, client: server.sendto(lines if request[:1] == b":" else answer, client)) as name:
-        with Client(name, 50) as client:
+    replies = iter([b"200 OK\n" + b"".join([b" " * depth + b"x\n" for depth in range(300)]), DEEP])
+    with stand_in(folder / "s", lambda server, request, client: server.sendto(next(replies), client), 2):
+        with Client(folder / "s", 50) as client:
             for call in client.call, client.call_json:
                 with pytest.raises(mi_datagram.NoAnswer, match="deeper than 200"):
                     call("anything")
@@ -3495,25 +3474,21 @@ def test_deep_replies(folder):
 def test_timeout_of_the_program_is_not_the_clients(name, default):
     """What a program sets by socket.setdefaulttimeout has no effect on a client."""
     mi, _, go = blocking()
-    with serving(mi, name) as server:
+    with serving(mi, name) as server, contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
         socket.setdefaulttimeout(default)
-        try:
-            with Client(server.socket_name, timeout=DEADLINE * 1000) as client:
-                threading.Timer(0.2, go.set).start()
-                assert client.call("block").nodes == [Node(None, "done")] and client.call_json("block") == "done"
-        finally:
-            socket.setdefaulttimeout(None)
+        threading.Timer(0.2, go.set).start()
+        with Client(server.socket_name, timeout=DEADLINE * 1000) as client:
+            assert client.call("block").nodes == [Node(None, "done")] and client.call_json("block") == "done"
 
 
-@pytest.mark.parametrize("reply_dir", [False, True])
-def test_client_in_a_forked_process(folder, name, reply_dir):
-    """In a forked process a client makes a socket of its own, and leaves its parent's alone."""
+def test_client_in_a_forked_process(folder, name):
+    """In a forked process a client makes a socket of its own, and leaves its parent's and its folder alone."""
     mi = interface()
     mi.command(lambda request: str(request.peer.address), name="whence", pass_request=True)
     (folder / "replies").mkdir()
-    with serving(mi, name) as server, Client(server.socket_name, reply_dir=str(folder / "replies") if reply_dir else None) as client:
+    with serving(mi, name) as server, Client(server.socket_name, reply_dir=folder / "replies") as client:
         ours, (reading, writing) = client.call_json("whence"), os.pipe()
-        left = os.listdir(folder / "replies")
         child = os.fork()
         if not child:
             try:
@@ -3522,18 +3497,17 @@ def test_client_in_a_forked_process(folder, name, reply_dir):
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
-        assert os.read(reading, 1000).decode() not in (ours, "")
-        assert os.listdir(folder / "replies") == left and client.call_json("whence") == ours
+        assert os.read(reading, 1000).decode() not in (ours, "") and client.call_json("whence") == ours
         os.close(reading), os.close(writing)
 
 
 def test_client_of_a_link_local_address():
-    """A link-local IPv6 address is one with its scope."""
-    addresses = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
-    local = [(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(a)), dev) for a, _, _, scope, _, dev in addresses if scope == "20"]
+    """A link-local IPv6 address stands with its scope."""
+    lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    local = [(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line[0])), line[5]) for line in lines if line[3] == "20"]
     if not local:
         pytest.skip("no interface here has a link-local address")
-    address, device = local[0]
+    (address, device), *_ = local
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as server:
         server.bind((address, 0, 0, socket.if_nametoindex(device)))
         in_thread(lambda: server.sendto(b"200 OK\nhere\n", server.recvfrom(100)[1]))
@@ -3662,7 +3636,6 @@ WRONG = [f"--{name} {value}" for name, values in {  # an option and its value, a
     "unix_socket_group": ("no-such-name", "-1", "4294967296", "\u00b2"),
     "socket_timeout": ("-1", "2s", "1e3", "\u00b2"),
     "socket_buf_size": ("0", "-1", "64k", "1000000000000", "65536 --socket_name udp:127.0.0.1:0"),
-    "reply_indent": ("x",),
     "pretty_printing": ("maybe",),
     "children_count": ("0", "-1", "two"),
     "config": ("missing.cfg", "folder"),
@@ -3673,7 +3646,7 @@ WRONG = [f"--{name} {value}" for name, values in {  # an option and its value, a
 
 WRONG_IN_FILE = [
     'socket_name, "udp:"', "socket_name, 1", "unix_socket_mode, 660", "unix_socket_mode, 09", 'unix_socket_user, "\\""',
-    "socket_timeout, -1", "socket_timeout, 0x", "socket_timeout, soon", 'pretty_printing, "maybe"', "children_count, 0",
+    'reply_indent, "\\n"', "socket_timeout, -1", "socket_timeout, 0x", "socket_timeout, soon", 'pretty_printing, "maybe"', "children_count, 0",
 ]
 
 LITERALS = [  # a value as it stands in a file, and what it is
@@ -3713,9 +3686,9 @@ request_route {
 /* and here the file ends: modparam("mi_datagram", "socket_name", "./wrong7")
 '''
 
-PACKAGES = [  # the __init__.py of a package that has its own copy, and how it is started
-    ("", "-m pack.mi_datagram"), ("from .mi_datagram import Interface", "-m pack.mi_datagram"), ("", "mi_datagram.py"),
-    ("", "-m mi_datagram"),
+PACKAGES = [  # how a copy of the file is started, and the __init__.py of the package that it is in
+    ("-m pack.mi_datagram", ""), ("-m pack.mi_datagram", "from .mi_datagram import Interface"),
+    ("mi_datagram.py", None), ("-m mi_datagram", None),
 ]
 
 LOADS = [  # what to load, beside OPS in a.py, and what the refusal says
@@ -4048,16 +4021,17 @@ def test_load_refused(folder, text, loads, named):
     assert not (folder / "s").exists()
 
 
-@pytest.mark.parametrize("package, start", PACKAGES)
-def test_copy_that_is_run_is_the_one_that_is_imported(folder, package, start):
+@pytest.mark.parametrize("start, package", PACKAGES)
+def test_copy_that_is_run_is_the_one_that_is_imported(folder, start, package):
     """Whatever the name under which the file was started, what it loads imports the same copy by that name."""
-    home = folder / "pack" if "pack" in start else folder
-    home.mkdir(exist_ok=True)
+    home, load, imports = folder, "ops.py", "import mi_datagram"
+    if package is not None:
+        home, load = folder / "pack", "pack.ops:mi"
+        imports = "import pack.mi_datagram; from . import mi_datagram; assert pack.mi_datagram is mi_datagram"
+        home.mkdir()
+        (home / "__init__.py").write_text(package)
     shutil.copy(MODULE, home)
-    imports = "from . import mi_datagram; import pack.mi_datagram; assert pack.mi_datagram is mi_datagram"
-    (home / "ops.py").write_text(f"{imports if package or 'pack' in start else 'import mi_datagram'}; mi = mi_datagram.Interface()")
-    (home / "__init__.py").write_text(package)
-    load = "pack.ops:mi" if "pack" in start else "ops.py"
+    (home / "ops.py").write_text(f"{imports}; mi = mi_datagram.Interface()")
     python = [sys.executable, "-W", "ignore", *start.split()]
     with process("-s", "./s", "--load", load, command=python, cwd=folder, env={"PYTHONPATH": str(folder)}):
         assert values(folder / "s", "version")
@@ -4127,40 +4101,41 @@ def test_wrong_usage(ops, main, words, why):
 
 
 def test_call_of_several_servers(folder, main, monkeypatch):
-    """A command runs on each server; replies stand under the sockets' names, and the worst exit status counts."""
+    """A command runs on all servers at once; replies stand under the sockets' names, and the worst exit status counts."""
     monkeypatch.chdir(folder)
     dead_socket(folder / "c.sock")
     (folder / "d.sock").write_text("no socket")
-    socket_names = ["-s", "./[ab]*.sock", "-s", "./[c-z].sock", "-s", "./a.sock"]
-    meet = threading.Barrier(2, timeout=DEADLINE)  # they run at once
+    meet = threading.Barrier(2, timeout=DEADLINE)
+    gone, names = "mi_datagram: nobody listens on ./c.sock\n", ["-s", "./[ab]*.sock", "-s", "./[c-z].sock", "-s", "./a.sock"]
+    both = "./a.sock: 500 command not available\n./b.sock: 500 command not available\n"
     with contextlib.ExitStack() as stack:
         for letter in "ab":
             mi = interface()
-            mi.command(lambda letter=letter: [meet.wait() * 0, letter], name="which_one")
+            mi.command(lambda letter=letter: [meet.wait() * 0, letter], name="meet")
             stack.enter_context(serving(mi, f"./{letter}.sock"))
-        done = main("call", *socket_names, "which_one")
-        assert done.stdout == "./a.sock:: \n\t0\n\ta\n./b.sock:: \n\t0\n\tb\n"
-        assert (done.returncode, done.stderr) == (3, "mi_datagram: nobody listens on ./c.sock\n")
-        done = main("call", *socket_names[:2], "which_one", "--json")
-        assert (done.returncode, json.loads(done.stdout)) == (0, {"./a.sock": [0, "a"], "./b.sock": [0, "b"]})
-        done = main("call", *socket_names[:2], "nonesuch")
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("./a.sock: 500 command not available\n./b.sock: 500 ")
-        assert main("call", "-s", "./a*", "echo", "alone").stdout == "alone\n"
-        assert "nobody listens on ./z*" in main("call", "-s", "./z*", "nothing").stderr
+        for words, status, stdout, stderr in [
+            ([*names, "meet"], 3, "./a.sock:: \n\t0\n\ta\n./b.sock:: \n\t0\n\tb\n", gone),
+            ([*names[:2], "echo", "x"], 0, "./a.sock:: \n\tx\n./b.sock:: \n\tx\n", ""),
+            ([*names[:2], "--json", "echo"], 0, '{\n    "./a.sock": [],\n    "./b.sock": []\n}\n', ""),
+            ([*names, "nonesuch"], 3, "", both + gone), (["-s", "./a*", "echo", "x"], 0, "x\n", ""),
+            (["-s", "./z*", "nothing"], 3, "", gone.replace("c.sock", "z*")),
+        ]:
+            done = main("call", *words)
+            assert (done.returncode, done.stdout, done.stderr) == (status, stdout, stderr)
+        done = run(*MI, "shell", "--json", *names, input="echo\nwhich nonesuch\n", cwd=folder)
+        assert done.returncode == 3 and {*json.loads(done.stdout)} == {"./a.sock", "./b.sock"}
         (folder / "[ab]*.sock").symlink_to("a.sock")  # a name that is there is no pattern
-        assert main("call", *socket_names[:2], "echo", "alone").stdout == "alone\n"
-        (folder / "[ab]*.sock").unlink()
-        done = run(*MI, "shell", *socket_names, input="echo x\nhelp\n", cwd=folder)
-        assert done.stdout.startswith("./a.sock:: \n\tx\n./b.sock:: \n\tx\n") and done.returncode == 3
+        assert main("call", *names[:2], "echo", "x").stdout == "x\n"
 
 
-def test_value_that_was_to_be_named(ops):
-    """On a terminal a line says how a parameter is named, and that a command had nothing to say."""
-    with Terminal("call", "-s", ops, "echo", "limit=5") as terminal:
-        assert terminal.end() == (0, "mi_datagram: limit=5 is sent as a value by position; by name it is limit::5\r\nlimit=5")
-    with Terminal("call", "-s", ops, "nothing") as terminal:
-        assert terminal.end() == (0, "OK")
+SAID = "limit=5 is sent as a value by position; by name it is limit::5"
+
+
+@pytest.mark.parametrize("words, said", [(["echo", "limit=5"], f"mi_datagram: {SAID}\r\nlimit=5"), (["nothing"], "OK")])
+def test_what_call_says_on_a_terminal(ops, words, said):
+    """On a terminal a line says how a parameter is named, and OK that a command had nothing to say."""
+    with Terminal("call", "-s", ops, *words) as terminal:
+        assert terminal.end() == (0, said)
 
 
 def test_help(main):
@@ -4240,107 +4215,85 @@ def test_server_that_lacks_a_descriptor(folder):
 
 
 SHELL_LINES = [  # what is typed, what comes, the exit status
-    ('echo a "b c" n::v\n\nnothing\n', "a\nb c\nn:: v\n", 0),
-    ("nonesuch\ncache_flush limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 1),
+    ('echo a "b c" n::v\n\nnothing\n', "a\nb c\nn:: v\n", 0), ("? nothing\nhelp nothing", "Usage:: nothing\n" * 2, 0),
+    ("nonesuch\ncache_flush limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 1), ("echo x\na:b\nnothing", "x\n", 2),
     ('echo "two\nlines" x::"\n"\necho y', "two\\nlines\nx:: \\n\ny\n", 0), ('echo x\necho "y', "x\n", 2),
-    (":cache_flush: limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 0), ("echo x\na:b\nnothing", "x\n", 2),
-    ("? nothing\nhelp nothing", "Usage:: nothing\n" * 2, 0), ("json\ncall", "", 2),
+    (":cache_flush: limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 0), ("json\ncall", "", 2),
     ("exit\necho x", "", 0), ("quit", "", 0), ("call exit\njson call exit", 'left\n"left"\n', 0),
-    ("json echo 1", "[\n    1\n]\n", 0), ("--json\necho 1\n? nothing\n", '[\n    1\n]\n{\n    "Help"', 0),
+    ("json echo 1\njson nonesuch", "[\n    1\n]\n", 1),
 ]
 
 
 @pytest.mark.parametrize("lines, stdout, status", SHELL_LINES, ids=range(len(SHELL_LINES)))
 def test_shell_through_a_pipe(ops, lines, stdout, status):
     """`shell` runs each line that it reads, without a prompt, goes on after errors, and exits with the worst status."""
-    option, _, rest = lines.partition("\n")
-    json_too = option == "--json"
-    done = run(*MI, "shell", "-s", ops, *[option] * json_too, input=rest if json_too else lines)
-    assert (done.stdout[: len(stdout) if json_too else None], done.returncode) == (stdout, status)
-    assert len(done.stderr.splitlines()) == (status > 0) + ("json" in lines and status == 2)
+    done = run(*MI, "shell", "-s", ops, input=lines)
+    assert (done.stdout, done.returncode, bool(done.stderr)) == (stdout, status, status > 0)
 
 
 def test_shell_in_a_terminal(folder, ops):
-    """`shell` prompts, completes commands and names of parameters, has the history of earlier ones, and says OK."""
-    for recalled in (False, True):
+    """`shell` prompts, completes, says OK for nothing, knows what earlier ones were told, and drops a line at Ctrl-C."""
+    typed = [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n"), ("", "> "),
+             ("\033[A\r", "\tlimit:: 3\r\n"), ("", "> "), ("help upt\t\r", "Usage:: uptime\r\n"), ("", "> "),
+             ("json ? upt\t\r", '"Usage": "uptime'), ("", "> "), ("nothing\r", "OK\r\n"), ("", "> "),
+             ("dropped", "dropped"), ("\3", "> ")]
+    for keys, last in (typed, "\4"), ([("\033[A\r", "nothing\r\nOK\r\n"), ("", "> ")], "exit\r"):
         with Terminal("shell", "-s", ops, history=folder / "history") as terminal:
-            terminal.expect("> ")
-            if recalled:
-                terminal.type("\033[A\r")
-                terminal.expect("nothing\r\nOK\r\n")
-            for keys, shown in [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n")]:
-                terminal.type(keys)
+            for key, shown in [("", "> "), *keys]:
+                terminal.type(key)
                 terminal.expect(shown)
-            for keys, shown in [("\033[A\r", "\tlimit:: 3\r\n"), ("help upt\t\r", "Usage:: uptime\r\n"),
-                                ("json ? upt\t\r", '"Usage": "uptime'), ("nothing\r", "OK\r\n")]:
-                terminal.expect("> ")
-                terminal.type(keys)
-                terminal.expect(shown)
-            terminal.expect("> ")
-            terminal.type("dropped")
-            terminal.expect("dropped")
-            terminal.type("\3")
-            terminal.expect("> ")
-            terminal.type("exit\r" if recalled else "\4")
-            assert terminal.end() == (0, "exit" if recalled else "")
-    assert stat.S_IMODE((folder / "history").stat().st_mode) == 0o600
-    assert "json ? uptime" in (folder / "history").read_text() and "dropped" not in (folder / "history").read_text()
+            terminal.type(last)
+            assert terminal.end() == (0, last.strip("\4\r"))
+    history = (folder / "history").read_text()
+    assert stat.S_IMODE((folder / "history").stat().st_mode) == 0o600 and "dropped" not in history and "\nexit\n" in history
 
 
 def test_shell_and_a_server_that_comes_and_goes(folder):
     """On a terminal `shell` says at once when nobody listens, and finds a server that starts; Ctrl-C ends waiting."""
-    with Terminal("shell", "--timeout", "600000", "-s", folder / "s", history="") as terminal:
-        terminal.expect(f"nobody listens on {folder}/s\r\n")
+    with Terminal("shell", "--timeout", "600000", "-s", folder / "s") as terminal:
         for _ in range(2):
-            terminal.expect("> ")
+            terminal.expect(f"nobody listens on {folder}/s\r\n")
             with ops_process(folder):
                 terminal.type(f"hold {folder}/held\r")
                 wait_until((folder / "held").exists)
                 terminal.type("\3")
-                terminal.expect("> ")
                 (folder / "held").unlink()
-                terminal.type("who\r")
-                terminal.expect("who\r\n")
-                terminal.expect("\r\n")
-            terminal.expect("> ")
+                terminal.type("call exit\r")
+                terminal.expect("left\r\n")
             terminal.type("who\r")
-            terminal.expect("nobody listens")
         terminal.type("\4")
         assert terminal.end()[0] == 0
-    assert not (folder / "history").exists()
 
 
 class FakeReadline(types.ModuleType):
-    """What the shell takes of readline, built with libedit, with a line to complete."""
+    """What the shell takes of readline, as libedit has it, with a line to complete."""
 
     def __init__(self):
         super().__init__("readline", "This module uses libedit")
         self.bound, self.line = [], ""
         self.parse_and_bind = self.bound.append
-        self.set_completer_delims = self.set_history_length = self.read_history_file = lambda _: None
-        self.write_history_file = self.set_completer = lambda value: setattr(self, "completer", value)
+        self.set_completer = self.set_completer_delims = lambda value: None
+        self.set_history_length = self.write_history_file = lambda value: None
         self.get_line_buffer, self.get_begidx = lambda: self.line, lambda: self.line.rfind(" ") + 1
 
 
-def test_names_that_tab_offers(folder, monkeypatch):
+def test_what_tab_offers(folder, monkeypatch):
     """With libedit, too, TAB completes; of what a hostile server says, only names that can be typed and shown."""
     names = ["good", "bad name", "two\nlines", "es\x1bcape", "bi\u202edi", "c1\x9b", "", "caf\xe9"]
-    readline, console = FakeReadline(), mi_datagram._Console(types.SimpleNamespace(
-        socket_name=[str(folder / "none"), str(folder / "s")], timeout=1000, reply_dir=None, json=False))
+    mi, readline = Interface(core=()), FakeReadline()
     monkeypatch.setitem(sys.modules, "readline", readline)
     monkeypatch.setenv("MI_DATAGRAM_HISTORY", "")
-    shell = mi_datagram._Shell(console)
-    with shell.line_editing():
-        assert readline.bound == ["bind ^I rl_complete"]
-    mi = Interface(core=())
 
     @mi.command(pass_request=True)
     def which(request, command=None):
         return names if not command else [["good"], ["c1\x9b"]] if request.dialect == "json" else ["x", "x good:: c1\x9b::"]
 
-    with serving(mi, folder / "s"):
-        for line, offered in {"": ["good ", "caf\xe9 "], "json ": ["good ", "caf\xe9 "], "help g": ["good "],
-                              "json x go": ["good::"], "x go": ["good::"], "x y": []}.items():
+    options = mi_datagram._parse("shell", ["-s", str(folder / "none"), "-s", str(folder / "s")])
+    shell = mi_datagram._Shell(mi_datagram._Console(options))
+    with serving(mi, folder / "s"), shell.line_editing():
+        assert readline.bound == ["bind ^I rl_complete"]
+        for line, offered in [("", ["good ", "caf\xe9 "]), ("json ", ["good ", "caf\xe9 "]), ("help g", ["good "]),
+                              ("json x go", ["good::"]), ("x go", ["good::"]), ("x y", [])]:
             readline.line = line
             text = line[readline.get_begidx():]
             assert [shell.complete(text, state) for state in range(len(offered) + 1)] == [*offered, None]
