@@ -3124,7 +3124,10 @@ class _Console:
 
 def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
     """Run a command as typed on one server."""
-    arguments = [word.partition("::")[::2] if "::" in word else ("", word) for word in words[1:]]
+    arguments = []
+    for word in words[1:]:
+        name, separator, value = word.partition("::")
+        arguments.append((name, value) if separator else ("", word))
     try:
         if as_json:
             values = [_json_value(text) for name, text in arguments if not name]
