@@ -710,7 +710,8 @@ class Command:
         self._signature = inspect.signature(function)
         parameters = [*self._signature.parameters.values()]
         self._by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self.parameters = parameters[int(pass_request) :]  # those that a peer may give
+        self._first = int(pass_request)  # how many of the values by position are ours
+        self.parameters = parameters[self._first :]
         self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
         self._plan = functools.lru_cache(maxsize=16)(self._plan_call)  # of the last shapes: no peer fills the memory
         self.ready: dict[str, set[int]] = {"line": set(), "json": set()}  # numbers of values that need no bind()
@@ -733,7 +734,7 @@ class Command:
         # one that is for **names for the parameter by position alone that is called so.
         named = {name if name in self._by_name else f"*{name}": name for name in names}
         try:
-            bound = self._signature.bind(*range(-self.pass_request, count), **named).arguments
+            bound = self._signature.bind(*range(-self._first, count), **named).arguments
         except TypeError:
             reason = "Named parameters do not match" if names else "Too few or too many parameters"
             raise _Fault("bad_arguments", reason) from None

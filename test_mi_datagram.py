@@ -1149,7 +1149,7 @@ def test_async_commands_run_on_the_loop(name, loop):
             ("request::4", {"request": 4}, b"200 OK\nline:: 2.5\n", {"json": 2.5}),
             ("0", [0], b"500 command failed\n", error(-32000, "Server error")),
             ("4\nrefuse", [4, "refuse"], b"404 Not Found\n", error(404, "Not Found")),
-            ("x", ["x"], b"400 Bad parameter\n", error(-32602, "Invalid params", "request")),
+            ("x", ["x"], b"400 Bad parameter\n", error(*BAD_PARAMS, "Bad type for parameter 'request'")),
             ("4\nexit", [4, "exit"], b"500 command failed\n", error(-32000, "Server error")),
         ):
             assert ask(server, f":divide:\n{text}".encode()) == reply
