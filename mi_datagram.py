@@ -782,26 +782,31 @@ class Command:
 
 
 class Counter:
-    """A statistic that counts: right from any thread, as each has a cell of its own and needs no lock."""
+    """A statistic that counts, right from any thread."""
 
     def __init__(self) -> None:
-        self._cells: dict[int, int] = {}
-        self._offset = 0
+        self._lock = threading.Lock()
+        self._others = 0  # all that add() counted, less what was there at the last reset, less our looks at _ones
+        # Each request counts two: a step of this iterator is one step of the interpreter, which needs no lock.
+        self._ones = itertools.count()
+        has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+        self.add_one: Callable[[], object] = self._ones.__next__ if has_gil else self.add
 
     def add(self, amount: int = 1) -> None:
         """Count AMOUNT more."""
-        thread = get_ident()
-        try:
-            self._cells[thread] += amount
-        except KeyError:
-            self._cells[thread] = amount
+        with self._lock:
+            self._others += amount
 
     def reset(self) -> None:
         """Count from zero again."""
-        self._offset = -sum(list(self._cells.values()))  # not -=, so that two resets at once agree
+        with self._lock:
+            self._others = -next(self._ones) - 1
 
     def __call__(self) -> int:
-        return sum(list(self._cells.values())) + self._offset
+        with self._lock:
+            ones = next(self._ones)
+            self._others -= 1
+            return ones + self._others + 1
 
 
 # -------------------------------------------------------------------- calls ----
@@ -919,12 +924,10 @@ class Call:
     A class of its own for each dialect reads the call, and writes the outcome (`format`).
     """
 
+    exchange: Exchange
     dialect = "line"
     name = ""  # of the command, as it is registered
     deferred: Deferred | None = None  # made by defer(), and all that a late reply needs with it
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
 
     def format(self, outcome: Any) -> Any:
         """Write what the command returned, or its CommandError; None where no answer is to be sent."""
@@ -1123,7 +1126,7 @@ class JsonCall(Call):
     dialect = "json"
 
     def __init__(self, exchange: Exchange, call: Any = None) -> None:
-        super().__init__(exchange)
+        self.exchange = exchange
         self.id = _json_id(call)
         self.is_notification = _is_call(call) and "id" not in call
 
@@ -1215,7 +1218,9 @@ class Exchange:
                 return None
             if _is_json(data):
                 return self._answer_json(data)
-        return LineCall(self).answer(data)
+        call = LineCall()  # no __init__: each request makes one
+        call.exchange = self
+        return call.answer(data)
 
     def _answer_json(self, data: bytes) -> bytes | None:
         self.call = JsonCall(self)
@@ -1273,10 +1278,13 @@ class Exchange:
             text = self.call.format(self.too_long(len(text), ""))
         return None if text is None else text.encode()
 
-    def replace_too_large(self, length: int) -> bytes | None:
-        """Return what to send in place of a reply of LENGTH bytes, which is too large for the system."""
-        answer = (self.call or LineCall(self)).format(self.too_long(length, ""))
-        return answer.encode() if isinstance(answer, str) else answer
+    def replace_too_large(self, reply: bytes) -> bytes | None:
+        """Return what to send in place of a reply that is too large for the system; None if that is no help."""
+        call: Call = self.call or LineCall()
+        call.exchange = self
+        answer = call.format(self.too_long(len(reply), ""))
+        shorter = answer.encode() if isinstance(answer, str) else answer
+        return shorter if shorter is not None and len(shorter) < len(reply) else None
 
     def complete(self, call: Any, answer: Any) -> None:
         """Take the late answer of a call; send the reply if there is one now."""
@@ -1564,8 +1572,10 @@ class Interface:
         self.statistics["mi_datagram:threads"] = lambda: sum(
             [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
         )
-        self.count_request = self.counter("mi_datagram:requests").add  # these two in every request, so looked up here
-        self.count_reply = self.counter("mi_datagram:replies").add
+        self.count_request = self.counter(
+            "mi_datagram:requests"
+        ).add_one  # these two in every request, so looked up here
+        self.count_reply = self.counter("mi_datagram:replies").add_one
 
     def count(self, name: str) -> None:
         """Count one more in the service's own group of statistics."""
@@ -2358,8 +2368,9 @@ class Outbox:
         except OSError:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
-    def send(self, request: Any, reply: bytes, address: Any) -> None:
-        """Send a reply, or drop, count and log it. Raises OSError (EMSGSIZE) alone: the system sends none so large."""
+    def send(self, asked: Any, reply: bytes) -> None:
+        """Send the reply to what was ASKED (a Handler), or drop, count and log it."""
+        request, address = asked.request, asked.client_address
         try:
             if request[2]:
                 _send_from(request, reply, MSG_DONTWAIT, address)
@@ -2368,9 +2379,11 @@ class Outbox:
         except BlockingIOError as error:
             self._send_later(request, reply, address, error)
         except (OSError, TypeError) as error:  # TypeError: the client has no address
-            if getattr(error, "errno", 0) == errno.EMSGSIZE:
-                raise
-            self._drop(request, address, error)
+            shorter = asked.replace_too_large(reply) if getattr(error, "errno", 0) == errno.EMSGSIZE else None
+            if shorter is None:
+                self._drop(request, address, error)
+            else:
+                self.send(asked, shorter)
         else:
             self._interface.count_reply()
 
@@ -2486,7 +2499,10 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
             server.reply_to(self, reply)
 
     def send(self, reply: bytes | None) -> None:
-        self.server.reply_to(self, reply)
+        if reply is None:
+            self.server.forget(self.request)
+        else:
+            self.server.reply_to(self, reply)
 
     def yield_lead(self) -> None:
         self.server.yield_lead()
@@ -2609,7 +2625,10 @@ class ServerMixIn(socketserver.BaseServer):
         )
         self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
         self.buffer = _Buffer(self.service.limit + 1)  # one byte more shows that a request is too long
-        self.outbox = self._outbox(values["socket_timeout"] / 1000, min(values["max_threads"] // 2, values["max_threads"] - 3))
+        self.outbox = self._outbox(
+            values["socket_timeout"] / 1000, min(values["max_threads"] // 2, values["max_threads"] - 3)
+        )
+        self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
         self._state_changed = threading.Condition()
         with _naming(socket_name):
             super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
@@ -2645,6 +2664,9 @@ class ServerMixIn(socketserver.BaseServer):
 
     def keep_open(self, request: Any) -> None:
         """Learn that the reply to a request comes later."""
+
+    def forget(self, request: Any) -> None:
+        """Learn that a request that was kept open has no reply."""
 
     def remove_file(self) -> None:
         """Remove the socket file, if there is one and it is still ours; takes no lock."""
@@ -2891,16 +2913,6 @@ class ServerMixIn(socketserver.BaseServer):
         if self.interface.log_limit.allows("handler_errors"):
             _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
 
-    def reply_to(self, handler: Handler, reply: bytes | None) -> None:
-        """Send the reply to the request of HANDLER; None: there is none."""
-        if reply is not None:
-            try:
-                self.outbox.send(handler.request, reply, handler.client_address)
-            except OSError:  # EMSGSIZE
-                reply = handler.replace_too_large(len(reply))
-                if reply is not None:
-                    self.outbox.send(handler.request, reply, handler.client_address)
-
 
 _S = typing.TypeVar("_S", bound=ServerMixIn)
 
@@ -2933,6 +2945,7 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
 
     def _prepare(self) -> None:
         super()._prepare()
+        self.reply_to = self._reply_to
         self._running: dict[Any, Any] = {}  # by (digest, address) of each datagram that runs, whose it is
         host = str(self.server_address[0])
         if sys.platform == "linux" and host == "0.0.0.0":
@@ -2957,7 +2970,7 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
             source = _reply_source(ancillary)
         else:
             size, address = self.socket.recvfrom_into(view, 0, MSG_DONTWAIT)
-        data = bytes(view[:size])
+        data = view[:size].tobytes()
         return (data, self.socket, source, (hash(data), address)), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -2975,9 +2988,12 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
     def keep_open(self, request: Any) -> None:
         self._running[request[3]] = PENDING
 
-    def reply_to(self, handler: Handler, reply: bytes | None) -> None:
-        self._running.pop(handler.request[3], None)  # before it is sent: then the client may ask the same again
-        super().reply_to(handler, reply)
+    def _reply_to(self, handler: Handler, reply: bytes) -> None:
+        self.forget(handler.request)  # before it is sent: then the client may ask the same again
+        self.outbox.send(handler, reply)
+
+    def forget(self, request: Any) -> None:
+        self._running.pop(request[3], None)
 
 
 def _reply_source(ancillary: Any) -> Any:
@@ -3015,7 +3031,7 @@ else:
 class UnixServer(ServerMixIn, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
-    _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
+    _file: tuple[str, os.stat_result, int] | None = None  # path and status of the socket file, and the PID that made it
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
@@ -3044,8 +3060,8 @@ class UnixServer(ServerMixIn, _UnixBase):
             os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
             self.socket.bind(path)
             status = os.lstat(path)
-        self._file = os.path.abspath(path), status
-        weakref.finalize(self, _remove_file, *self._file, os.getpid())
+        self._file = os.path.abspath(path), status, os.getpid()
+        weakref.finalize(self, _remove_file, *self._file)
         try:
             _set_owner_and_mode(path, status, values)
         except OSError as error:
@@ -3058,7 +3074,7 @@ class UnixServer(ServerMixIn, _UnixBase):
 
     def remove_file(self) -> None:
         if self._file is not None and not self.service.is_forked:
-            _remove_file(*self._file, os.getpid())
+            _remove_file(*self._file)
 
     def make_peer(self, request: Any, client_address: Any) -> Peer:
         return Peer(client_address, request[3])
@@ -3073,7 +3089,7 @@ class UnixServer(ServerMixIn, _UnixBase):
             elif kind == SCM_RIGHTS:  # which has no room there; should it get in all the same
                 for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
                     os.close(descriptor)
-        return (bytes(view[:size]), sock, (), credentials), address
+        return (view[:size].tobytes(), sock, (), credentials), address
 
 
 for _kind in (UDPServer, UnixServer):
@@ -3354,8 +3370,8 @@ def print_error(text: str, prefix: str = "mi_datagram: ") -> None:
 # ------------------------------------------------------------------ systemd ----
 
 
-def _passed_socket() -> socket.socket | None:
-    """Give the socket that systemd opened for this process (sd_listen_fds), if any."""
+def activated_socket() -> socket.socket | None:
+    """Return the socket that systemd opened for this process (sd_listen_fds), if any."""
     if os.environ.pop("LISTEN_PID", None) != str(os.getpid()):
         return None
     count = os.environ.pop("LISTEN_FDS", "0")
@@ -3363,14 +3379,13 @@ def _passed_socket() -> socket.socket | None:
         raise ParameterError(f"LISTEN_FDS {count!a}: one socket is allowed")
     try:
         os.set_inheritable(3, False)
-        passed = socket.socket(fileno=3)
+        sock = socket.socket(fileno=3)
     except OSError as error:
         raise ParameterError(f"LISTEN_FDS: descriptor 3 is no socket: {error.strerror}") from None
-    if isinstance(passed.getsockname(), bytes):
-        raise ParameterError("the socket passed in LISTEN_FDS has an abstract name: a path or UDP is allowed")
-    if passed.type != socket.SOCK_DGRAM:
-        raise ParameterError("the socket passed in LISTEN_FDS is none for datagrams (ListenDatagram=)")
-    return passed
+    families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+    if sock.type != socket.SOCK_DGRAM or sock.family not in families or isinstance(sock.getsockname(), bytes):
+        raise ParameterError("LISTEN_FDS: only ListenDatagram= with a path or a UDP address is allowed")
+    return sock
 
 
 def _tell_systemd(state: str) -> None:
@@ -3383,8 +3398,8 @@ def _tell_systemd(state: str) -> None:
 
 # ------------------------------------------------------------------ signals ----
 
-ENDING = (signal.SIGTERM, signal.SIGINT)
-SIGNALS = [*ENDING, *[getattr(signal, name) for name in ("SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, name)]]
+TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = [*TERMINATION_SIGNALS, *[getattr(signal, n) for n in ("SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, n)]]
 
 
 @contextlib.contextmanager
@@ -3398,38 +3413,152 @@ def _holding_signals() -> typing.Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _take_signals() -> typing.Iterator[int]:
-    """Take the signals of this process; give them out of a pipe, so that one just before the wait is not missed."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    for number in SIGNALS:
-        if not (number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN):  # a script's `... &`
-            signal.signal(number, lambda *_: None)
-    # Of several at once the end first: a SIGCHLD overtakes the SIGTERM to the group that the child died of.
-    chunks = iter(lambda: sorted(os.read(reading, 64), key=lambda number: number not in ENDING), None)
-    return itertools.chain.from_iterable(chunks)
+class Signals:
+    """The signals of this process, read from a pipe, so that one that comes just before the wait is not missed.
+
+    A process that a command forks has neither the pipe nor our handlers; signals to it wait until that is so.
+    """
+
+    def __init__(self) -> None:
+        self.private: list[int] = []  # descriptors that a forked process closes
+        self._masks: dict[int, set[int]] = {}  # of the threads that are about to fork
+        self.take_over()
+        os.register_at_fork(before=self._hold, after_in_parent=self._release, after_in_child=self._give_back)
+
+    def take_over(self) -> None:
+        """Have the signals of this process come here, as `numbers`."""
+        reading, writing = os.pipe()
+        self.private += (reading, writing)
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if not (number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN):  # a script's `... &`
+                signal.signal(number, self._ignore)
+        # Deliver termination signals first: a SIGCHLD overtakes the SIGTERM to the group that the child died of.
+        chunks = iter(lambda: sorted(os.read(reading, 64), key=lambda number: number not in TERMINATION_SIGNALS), None)
+        self.numbers = itertools.chain.from_iterable(chunks)
+
+    def _ignore(self, number: int, frame: object) -> None: ...
+
+    def _hold(self) -> None:
+        self._masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _release(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(get_ident()))
+
+    def _give_back(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            if signal.getsignal(number) == self._ignore:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        while self.private:
+            os.close(self.private.pop())
+        self._release()
 
 
-def _wait_until_told(signals: typing.Iterator[int], on_other: Callable[[int], object] = lambda number: False) -> bool:
-    """Serve until SIGTERM or SIGINT, or until ON_OTHER says of another signal that this is the end: False then."""
+def wait_for_termination(signals: Signals, on_other: Callable[[int], object] = lambda number: False) -> bool:
+    """Serve until SIGTERM or SIGINT, or until ON_OTHER returns true for another signal: return False then."""
     _tell_systemd("READY=1")
-    for number in signals:
-        if number in ENDING or on_other(number):
+    for number in signals.numbers:
+        if number in TERMINATION_SIGNALS or on_other(number):
             break
     _tell_systemd("STOPPING=1")
-    return number in ENDING
+    return number in TERMINATION_SIGNALS
+
+
+# ---------------------------------------------------------------------- log ----
+
+STDERR = 2  # the descriptor: a thread that waits in sys.stderr would hold its lock
+LOG_QUEUE, AUDIT_QUEUE = 1000, 5000  # lines that may wait for stderr; beyond, they are lost, those of the audit last
+LOG_BATCH, LOG_PAUSE = 100, 0.01  # lines written at once; s of pause after fewer, as waking a thread costs more
+LOG_DEADLINE = 1.0  # s that the end waits for lines not written yet
+
+
+class LogWriter(logging.Handler):
+    """Writes the log from a thread of its own, so that a stderr that is slow, or that nobody reads, delays nobody.
+
+    Lines that find the queue full, or that stderr refuses, are lost; the next line says how many.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Write from a thread of this process; one that a command forks writes without."""
+        self.process = os.getpid()
+        self.waiting: collections.deque[logging.LogRecord | str] = collections.deque()
+        self.wake = threading.Event()
+        self.lost = Counter()
+        self.is_running = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record; the thread formats those of the audit, which are frequent and never change."""
+        is_audit = record.name == audit.name
+        if self.process != os.getpid():
+            self.write(self.text(record))
+        elif len(self.waiting) >= (AUDIT_QUEUE if is_audit else LOG_QUEUE):
+            self.lost.add()
+        else:
+            self.waiting.append(record if is_audit else self.text(record))
+            self.wake.set()
+            if not self.is_running:
+                with contextlib.suppress(RuntimeError):  # no thread can be had: the next line tries again
+                    threading.Thread(target=self.run, name="mi_datagram log", daemon=True).start()
+                    self.is_running = True
+
+    def text(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record) + "\n"
+        except Exception as error:
+            return f"{record.name}: {record.msg!a} cannot be formatted: {error!a}\n"
+
+    def run(self) -> None:
+        told = 0
+        while self.wake.wait():
+            self.wake.clear()
+            while self.waiting:
+                batch = [self.waiting[i] for i in range(min(len(self.waiting), LOG_BATCH))]
+                lost = self.lost()
+                text = f"mi_datagram: {lost - told} log lines were lost\n" if lost > told else ""
+                if self.write(text + "".join([line if isinstance(line, str) else self.text(line) for line in batch])):
+                    told = lost
+                else:
+                    self.lost.add(len(batch))
+                for _ in batch:
+                    self.waiting.popleft()
+                if len(batch) < LOG_BATCH:
+                    time.sleep(LOG_PAUSE)
+
+    def write(self, text: str) -> bool:
+        """Write to stderr, however long that takes; return False if it refuses."""
+        data = text.encode(errors="backslashreplace")
+        with contextlib.suppress(OSError):
+            while data:
+                select.select([], [STDERR], [])  # whoever started us may have set it not to block
+                data = data[os.write(STDERR, data) :]
+        return not data
+
+    def flush(self) -> None:
+        """Wait until all is written, for LOG_DEADLINE at most."""
+        end = time.monotonic() + LOG_DEADLINE
+        while self.waiting and self.process == os.getpid() and time.monotonic() < end:
+            time.sleep(LOG_PAUSE / 4)
 
 
 # ----------------------------------------------------------------- children ----
 
+RESPAWN_PAUSES = 0.1, 5.0  # s, the first and the longest, before a child that died within a second is replaced
+
 
 class _SharedCounter(Counter):
-    """Counts in the cell OWN of COLUMN, which has one for each child; the last is for resets."""
+    """Counts in the cell OWN of COLUMN, which has one for each child and a last one for resets."""
 
     def __init__(self, column: Any, own: int) -> None:
         self._column, self._own = column, own
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self.add_one = self.add
 
     def add(self, amount: int = 1) -> None:
         with self._lock:
@@ -3442,89 +3571,108 @@ class _SharedCounter(Counter):
         return int(sum(self._column))
 
 
-class _Children:
+@dataclasses.dataclass
+class _Child:
+    index: int
+    pid: int = 0  # 0: it is dead, or not there yet
+    started: float = 0.0
+    due: float = 0.0  # to start again
+    pause: float = 0.0  # before that
+
+
+class Supervisor:
     """The parent of `children_count` processes that serve one socket.
 
     The parent forks them before any thread starts, supervises, and serves nothing. What they share
     is a table with a row for each child, and one for all; its columns are the counters, the PID of
     the child that serves, and the log level that `debug` set.
 
-    They share the socket too, over UDP as well. With one SO_REUSEPORT socket each, throughput is
-    the same, but the kernel deals out the peers: those of a child that computes wait for it
-    (measured: p99 20 to 30 ms, 2 ms with one socket), and a child that dies takes its queue along.
+    They share the socket too. With one SO_REUSEPORT socket each, throughput over UDP is the same, but
+    the peers of a child that computes wait for it (measured: p99 20 to 30 ms, 2 ms with one socket).
     """
 
-    def __init__(self, server: UnixServer | UDPServer, count: int) -> None:
+    def __init__(self, server: UnixServer | UDPServer, count: int, signals: Signals, log_writer: LogWriter) -> None:
         import mmap
+        import warnings
 
-        self.server = server
-        self.count = count
+        self.server, self.signals, self.log_writer = server, signals, log_writer
         self.parent = os.getpid()
-        self.pids: dict[int, int] = {}  # of the children that there are, by their index
+        self.children = [_Child(index) for index in range(count)]
         width = len(COUNTERS) + len(FAULTS) + 2
         cells = memoryview(mmap.mmap(-1, 8 * width * (count + 1))).cast("q")
         *self.counters, self.serving, self.level = [cells[column::width] for column in range(width)]
-        self.lifeline = os.pipe()  # its write end closes when the parent is gone
+        self.lifeline, held_open = os.pipe()  # it ends with the parent, which alone holds it open
+        signals.private.append(held_open)
         server.interface.processes = self.processes
         server.interface.level_changed = self.spread_level
+        warnings.filterwarnings("ignore", ".*use of fork")  # a child needs nothing that the thread of our log may hold
 
     def processes(self) -> list[tuple[int, str]]:
-        children = [(pid, f"MI datagram child={i}") for i, pid in enumerate(self.serving[:-1])]
+        children = [(pid, f"MI datagram child={i}") for i, pid in enumerate(self.serving[:-1]) if pid]
         return [(self.parent, "attendant"), *children]
 
-    def run(self, signals: typing.Iterator[int]) -> int:
-        """Fork the children, replace those that die, end with them; give the exit status."""
-        self.look_after()
-        is_told = _wait_until_told(signals, self.look_after)
+    def run(self) -> int:
+        """Fork the children, replace those that die, end with them; return the exit status."""
+        self.supervise()
+        is_told = wait_for_termination(self.signals, self.supervise)
         self.kill(signal.SIGTERM)
-        signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + 0.5)
-        while self.pids:
-            if next(signals) in (*ENDING, signal.SIGALRM):  # asked again, or they had their time
+        signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + LOG_DEADLINE + 0.5)
+        while any([child.pid for child in self.children]):
+            number = next(self.signals.numbers)
+            if number in (*TERMINATION_SIGNALS, signal.SIGALRM):  # told again, or they had their time
                 self.kill(signal.SIGKILL)
             self.reap()
         self.server.stop()
         return 0 if is_told else 1
 
-    def look_after(self, number: int = 0) -> bool:
-        """Pass on a SIGHUP, and start the children that are missing; True if one ended before it could serve."""
+    def supervise(self, number: int = 0) -> bool:
+        """Pass on a SIGHUP, and start the children that are missing; return True if one ended before it served."""
         if number == signal.SIGHUP:
             self.kill(signal.SIGHUP)
-        for index, pid, how in self.reap():
-            if self.serving[index] != pid:
-                print_error(f"child {index} ended before it could serve (wait status {how})")
+        now = time.monotonic()
+        for child, pid, how in self.reap():
+            if self.serving[child.index] != pid:
+                log.error("child %d ended before it could serve (wait status %d)", child.index, how)
                 return True
-            self.serving[index] = 0
-            log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
-        for index in sorted({*range(self.count)} - self.pids.keys()):
-            try:
-                self.fork(index)
-            except OSError as error:
-                log.error("child %d cannot be started: %s", index, error.strerror)
-                signal.setitimer(signal.ITIMER_REAL, 1)  # to look again then
+            self.serving[child.index] = 0
+            log.warning("child %d, PID %d, died (wait status %d): another takes its place", child.index, pid, how)
+            is_young = now < child.started + 1
+            child.pause = min(max(2 * child.pause, RESPAWN_PAUSES[0]), RESPAWN_PAUSES[1]) if is_young else 0
+            child.due = now + child.pause
+        for child in self.children:
+            if not child.pid and child.due <= now:
+                self.fork(child)
+        pauses = [max(child.due - now, 0.001) for child in self.children if not child.pid]
+        signal.setitimer(signal.ITIMER_REAL, min(pauses, default=0))
         return False
 
-    def reap(self) -> list[tuple[int, int, int]]:
-        """List index, PID and wait status of the children that ended."""
-        waited = [(index, *os.waitpid(pid, os.WNOHANG)) for index, pid in self.pids.items()]
-        ended = [(index, pid, how) for index, pid, how in waited if pid]
-        for index, _, _ in ended:
-            del self.pids[index]
+    def reap(self) -> list[tuple[_Child, int, int]]:
+        """List the children that ended, with PID and wait status."""
+        waited = [(child, *os.waitpid(child.pid, os.WNOHANG)) for child in self.children if child.pid]
+        ended = [(child, pid, how) for child, pid, how in waited if pid]
+        for child, _, _ in ended:
+            child.pid = 0
         return ended
 
-    def fork(self, index: int) -> None:
-        with _holding_signals():  # none gets to the child before it has a pipe of its own
-            pid = self.server.fork()
-            if not pid:
-                self.child(index)
-            self.pids[index] = pid
+    def fork(self, child: _Child) -> None:
+        child.started = time.monotonic()
+        try:
+            with _holding_signals():  # none gets to the child before it has a pipe of its own
+                child.pid = self.server.fork()
+                if not child.pid:
+                    self.serve(child.index)
+        except OSError as error:
+            log.error("child %d cannot be started: %s", child.index, error.strerror)
+            child.due = child.started + 1
 
-    def child(self, index: int) -> typing.NoReturn:
-        """Serve until the parent says so or is gone."""
+    def serve(self, index: int) -> typing.NoReturn:
+        """Serve as a child until the parent says so or is gone."""
         status = 1
         try:
             os.environ.pop("NOTIFY_SOCKET", None)  # the parent tells
-            os.close(self.lifeline[1])
-            signals = _take_signals()
+            self.log_writer.take_over()
+            self.signals.take_over()
+            self.signals.private.append(self.lifeline)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # before threads, and what they run, inherit it
             self.take_level()
             counters = iter(self.counters)
@@ -3536,26 +3684,28 @@ class _Children:
             except BaseException:
                 self.serving[index] = 0
                 raise
-            _wait_until_told(signals, self.take_level)
-            self.server.stop()  # told again, as by the parent and a process group, it goes on; the parent can SIGKILL
+            wait_for_termination(self.signals, self.take_level)
+            self.server.stop()  # further SIGTERMs, to the process group for one, are ignored; the parent can SIGKILL
             status = 0
         except BaseException as error:
             _note(logging.ERROR, "child %d failed", index, error=error)
         finally:
+            self.log_writer.flush()
             os._exit(status)
 
     def watch_parent(self) -> None:
         """End this child when the parent is gone, and remove the socket file in its stead."""
-        os.read(self.lifeline[0], 1)
+        os.read(self.lifeline, 1)
         log.error("the parent process is gone: ending")
         if isinstance(self.server, UnixServer) and self.server._file:
-            _remove_file(*self.server._file, os.getpid())
+            _remove_file(*self.server._file[:2], os.getpid())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
+        self.log_writer.flush()
         os._exit(1)
 
     def kill(self, number: int) -> None:
-        for pid in self.pids.values():
+        for pid in [child.pid for child in self.children if child.pid]:
             os.kill(pid, number)
 
     def spread_level(self, level: int) -> None:
@@ -3581,10 +3731,9 @@ _MODPARAM = r"""/\*.*?(?:\*/|\Z) | //[^\n]* | \#(?!!if)[^\n]*
 
 
 def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
-    """List the (name, value) pairs of the `modparam("mi_datagram", …)` lines in a configuration file.
+    """List the (name, value) pairs of the `modparam("mi_datagram", …)` lines in the text of FILE.
 
-    FILE is its name for messages. Parameters of the original that have no meaning here are
-    skipped with a warning; raises ParameterError for a value that is no literal.
+    An unknown parameter is skipped with a warning; raises ParameterError for a value that is no literal.
     """
     pairs: list[tuple[str, Any]] = []
     matches = list(re.finditer(_MODPARAM, text, re.VERBOSE | re.DOTALL))
@@ -3989,10 +4138,10 @@ def _load(what: str) -> Interface:
     raise ParameterError(f"load {what!a}: {why}")
 
 
-def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, typing.Iterator[int], int]:
+def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, Signals, int]:
     """Give the server, the signals that come, and the number of children."""
     given = _collect(options.settings)
-    listening = _passed_socket()
+    listening = activated_socket()
     if listening is not None:
         address = listening.getsockname()
         given["socket_name"] = address if listening.family == socket.AF_UNIX else _udp_name(address)
@@ -4013,25 +4162,26 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, t
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
     with _holding_signals():  # until there is somebody to remove the file
         server = interface.server(name, authorize=authorize, listening=listening, **parameters)
-        signals = _take_signals()
+        signals = Signals()
     if is_default:
         print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
     print_error(f"listening on {server.socket_name}")
     return server, signals, children_count
 
 
-def _serve(server: UnixServer | UDPServer, signals: typing.Iterator[int], children_count: int) -> int:
-    """Serve until SIGTERM, Ctrl-C or `kill`; give the exit status."""
+def _serve(server: UnixServer | UDPServer, signals: Signals, children_count: int, log_writer: LogWriter) -> int:
+    """Serve until SIGTERM, Ctrl-C or `kill`; return the exit status."""
     if children_count > 1:
-        return _Children(server, children_count).run(signals)
+        return Supervisor(server, children_count, signals, log_writer).run()
 
     def end_at_once_if_told_again() -> None:
-        if any(number in ENDING for number in signals):
+        if any(number in TERMINATION_SIGNALS for number in signals.numbers):
             server.remove_file()
+            log_writer.flush()
             os._exit(1)
 
     server.start()
-    _wait_until_told(signals)
+    wait_for_termination(signals)
     threading.Thread(target=end_at_once_if_told_again, daemon=True).start()
     server.stop()
     return 0
@@ -4048,9 +4198,10 @@ def main(arguments: list[str] | None = None) -> int:
             console = _Console(options)
             return _Shell(console).run() if command == "shell" else console.run(options.words, options.json)
         level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
-        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        log_writer = LogWriter()
+        logging.basicConfig(level=level, handlers=[log_writer])
         audit.setLevel(logging.INFO)
-        status = _serve(*_make_server(options))
+        status = _serve(*_make_server(options), log_writer)
         for number in SIGNALS:  # one that comes while the interpreter ends is not to kill it
             signal.signal(number, signal.SIG_IGN)
         return status
