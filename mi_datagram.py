@@ -590,7 +590,7 @@ def _json_member(outcome: Any) -> tuple[str, Any]:
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def _convert(kind: type, optional: bool, value: Any) -> Any:
+def _convert(kind: Any, optional: bool, value: Any) -> Any:
     """Convert a text or JSON data to int, float, bool or str, or raise LookupError, ValueError or OverflowError.
 
     A number without a fraction is an int, 0 and 1 are truth values, and a number has a text. None,
@@ -605,15 +605,13 @@ def _convert(kind: type, optional: bool, value: Any) -> Any:
             return TRUTH[value.lower()]
         if "_" in value:  # Python's own notation
             raise ValueError(value)
-    elif value is None:
-        if optional:
-            return None
-        raise ValueError(value)
+    elif optional and value is None:
+        return None
     elif value.__class__ is bool and kind is bool:
         return value
     elif value.__class__ not in (int, float) or (kind is bool and value not in (0, 1)) or (kind is int and value % 1):
         raise ValueError(value)
-    converted = kind(value)
+    converted: Any = kind(value)
     if kind is float and not math.isfinite(converted):
         raise ValueError(value)
     return converted
@@ -621,6 +619,8 @@ def _convert(kind: type, optional: bool, value: Any) -> Any:
 
 def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, bool] | None:
     """Return (int, float, bool or str; whether Optional), or None for any other annotation."""
+    if annotation in (inspect.Parameter.empty, "Any"):
+        return None
     if isinstance(annotation, str) and "|" in annotation:  # which has no meaning on Python 3.9
         annotation = f"Union[{annotation.replace('|', ',')}]"
     plain: Any = inspect.unwrap(function)
@@ -642,14 +642,16 @@ def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, boo
 class Command:
     """One registered command, and how arguments bind to its function."""
 
-    def __init__(self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool) -> None:
+    def __init__(
+        self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool, core: bool = False
+    ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"([^:\n]+:)?[^:\n]+", name):
             raise ParameterError(f"command name {name!a}: NAME or GROUP:NAME is allowed, without line breaks")
         self.name = name
         self.function = function
         self.pass_request = pass_request
         self.read_only = read_only
-        self.core = False  # whether it is one of CORE
+        self.core = core
         self.doc = inspect.getdoc(function) or ""
         self.is_async = inspect.iscoroutinefunction(function)
         self.slow = False  # whether its last run took longer than a TICK
@@ -658,13 +660,12 @@ class Command:
         self._by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self.parameters = parameters[int(pass_request) :]  # those that a peer may give
         self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
-        self._plan = functools.lru_cache(maxsize=16)(self._plan_call)
+        self._plan = functools.lru_cache(maxsize=16)(self._plan_call)  # of the last shapes: no peer fills the memory
         self.ready: dict[str, set[int]] = {"line": set(), "json": set()}  # numbers of values that need no bind()
 
     def bind(self, values: list[Any], named: dict[str, Any], dialect: str) -> None:
         """Check VALUES and NAMED against the signature and convert them in place, or raise a _Fault."""
-        plan = self._plan if len(values) + len(named) < 16 else self._plan_call  # no peer fills the memory
-        for place, parameter, kind, optional in plan(len(values), (*named,), dialect):
+        for place, parameter, kind, optional in self._plan(len(values), (*named,), dialect):
             holder: Any = values if place.__class__ is int else named
             try:
                 holder[place] = _convert(kind, optional, holder[place])
@@ -690,7 +691,7 @@ class Command:
                 place = bound[parameter]
                 places = place.values() if isinstance(place, dict) else place if isinstance(place, tuple) else [place]
                 plan += [(place, parameter, kind, optional) for place in places]
-        if not plan and not names and count < 16:
+        if not (plan or names or self.pass_request) and count < 16:
             self.ready[dialect].add(count)
         return plan
 
@@ -709,10 +710,9 @@ class Command:
 
     def overloads(self) -> list[list[str]]:
         """List the lists of parameters that a call by name may have, shortest first."""
-        names = [p.name for p in self.parameters if p.name in self._by_name]
-        optional = [p.name for p in self.parameters if p.name in names and p.default is not p.empty]
-        left_out = [{*optional[more:]} for more in range(len(optional) + 1)]
-        return [[name for name in names if name not in out] for out in left_out]
+        named = [p for p in self.parameters if p.name in self._by_name]
+        optional = [p.name for p in named if p.default is not p.empty]
+        return [[p.name for p in named if p.name not in optional[more:]] for more in range(len(optional) + 1)]
 
     def usage(self) -> str:
         """Write the call as a line to type: required parameters bare, others in brackets, types where there are."""
@@ -1258,7 +1258,7 @@ class Interface:
             self.first_lines.pop(first_line, None)
 
     def find(self, name: str, dialect: str) -> Command:
-        """Return the command that NAME means in a dialect; raise the _Fault to answer where it means none or several."""
+        """Return the command that NAME means in a dialect; raise the _Fault to answer if there is none, or several."""
         command = self.commands.get(name)
         if command is not None:
             return command
@@ -1275,7 +1275,8 @@ class Interface:
     def names(self, dialect: str) -> dict[str, Command]:
         """Return what a dialect can call, by name, and of the names in Kamailio 5 none."""
         if dialect == "line":
-            return {line[1:-1].decode("utf-8", "surrogateescape"): one for line, one in self.first_lines.items()}
+            lines = list(self.first_lines.items())
+            return {line[1:-1].decode("utf-8", "surrogateescape"): command for line, command in lines}
         found = {}
         for name in {*self.commands, *self._local_names, *self._core_names}:
             with contextlib.suppress(_Fault):  # it means several, or one of the core's that was replaced
@@ -1323,9 +1324,8 @@ class Interface:
 
     def statistic(self, name: str, function: Callable[[], Any]) -> None:
         """Have `group:name` show what FUNCTION returns whenever somebody asks."""
-        if name in self.statistics:
+        if self._add_statistic(name, function) is not function:
             raise ParameterError(f"statistic name {name!a}: there is one already")
-        self._add_statistic(name, function)
 
     def _add_statistic(self, name: str, function: Callable[[], Any]) -> Callable[[], Any]:
         """Return the statistic of this name: FUNCTION where there was none."""
@@ -1363,10 +1363,8 @@ class Interface:
 
     def _core_command(self, name: str, function: Callable[..., Any]) -> Command:
         """Make a core command of a FUNCTION, which gets the Request if it has a parameter of that name."""
-        wants_request = "request" in inspect.signature(function).parameters
-        command = Command(name, function, wants_request, read_only=name not in CORE_CHANGING)
-        command.core = True
-        return command
+        plain: Any = inspect.unwrap(function)
+        return Command(name, function, "request" in plain.__code__.co_varnames, name not in CORE_CHANGING, core=True)
 
     def server(self, socket_name: str | os.PathLike[str], **options: Unpack[_ServerOptions]) -> UnixServer | UDPServer:
         """Make a server of these commands: a UnixServer or a UDPServer; help() of these lists the PARAMETERS."""
@@ -1400,47 +1398,36 @@ class Interface:
 
 
 # ------------------------------------------------------------ core commands ----
-# The core commands in four worlds: the name in Kamailio up to 4.4 and in OpenSIPS up to 3, which is ours in both dialects;
-# the name in OpenSIPS 4; the names in Kamailio 5, each with the method of _Core that answers and what makes Kamailio's
-# form of that. The last two are for JSON-RPC alone. Above each its form in the line dialect, then in JSON if it is another.
+
+# The core commands in four worlds: the name in Kamailio up to 4.4 and in OpenSIPS up to 3, which is ours in both
+# dialects; the name in OpenSIPS 4; the names in Kamailio 5, each with the method of _Core that answers and what makes
+# Kamailio's form of that. The last two are for JSON-RPC alone. Behind each its form in the line dialect | in JSON, if
+# that is another than the same data.
 CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
-    # /usr/sbin/program and further lines
-    "arg": ("core:arg", {"core.arg": ("arg", list)}),
-    # as get_statistics
-    "clear_statistics": ("statistics:clear", {}),
-    # DEBUG:: 0
-    "debug": ("core:debug", {}),
-    # group:name:: 1
-    "get_statistics": ("statistics:get", {
-        "stats.get_statistics": ("fetch", lambda values: [f"{name} = {_text(value)}" for name, value in values.items()]),
-        "stats.fetch": ("fetch", lambda values: {name.replace(":", "."): _text(value) for name, value in values.items()}),
-        "stats.fetchn": ("fetch", lambda values: {name.replace(":", "."): value for name, value in values.items()}),
+    "arg": ("core:arg", {"core.arg": ("arg", list)}),  # an argument a line
+    "clear_statistics": ("statistics:clear", {}),  # group:name:: 1
+    "debug": ("core:debug", {}),  # DEBUG:: 0
+    "get_statistics": ("statistics:get", {  # group:name:: 1
+        "stats.get_statistics": ("fetch", lambda pairs: [f"{name} = {_text(value)}" for name, value in pairs.items()]),
+        "stats.fetch": ("fetch", lambda pairs: {name.replace(":", "."): _text(value) for name, value in pairs.items()}),
+        "stats.fetchn": ("fetch", lambda pairs: {name.replace(":", "."): value for name, value in pairs.items()}),
     }),
-    # name:: summary; Usage:: name [PARAMETER], Help:: and its lines; {"Help": text, "Exported by": group, "Usage": text}
+    # name:: summary, or Usage:: and Help:: of one | the same, or {"Help": text, "Exported by": group, "Usage": text}
     "help": ("core:help", {"system.methodHelp": ("method_help", str)}),
-    # 200 OK alone; "OK"
-    "kill": ("core:kill", {}),
-    # group:name:: incremental or non-incremental
-    "list_statistics": ("statistics:list", {}),
-    # Log level:: 1, or New global log level:: 1
-    "log_level": ("core:log_level", {}),
-    # Process::  ID=0 PID=7 Type=main; {"Processes": [{"ID": 0, "PID": 7, "Type": "main"}]}
-    "ps": ("core:ps", {"core.psx": ("processes", lambda processes: [
-        {"IDX": one["ID"], "PID": one["PID"], "DSC": one["Type"]} for one in processes])}),
-    # WD:: /path
-    "pwd": ("core:pwd", {"core.pwd": ("pwd", lambda answer: [answer["WD"]])}),
-    # 200 OK alone; "OK"
-    "reset_all_statistics": ("statistics:reset_all", {}),
-    "reset_statistics": ("statistics:reset", {}),
-    # Thread:: name, and its frames below; [{"Thread": {"value": name, "children": frames}}]
-    "threads": ("core:threads", {}),
-    # Now:: date, Up since:: date, Up time:: 7 [sec]
-    "uptime": ("core:uptime", {"core.uptime": ("uptime", lambda answer: {
-        "now": answer["Now"], "up_since": answer["Up since"], "uptime": int(answer["Up time"].split()[0])})}),
-    # Server:: name (version)
-    "version": ("core:version", {"core.version": ("version", lambda answer: answer["Server"])}),
-    # a name a line; lists of parameters
-    "which": ("core:which", {"system.listMethods": ("list_methods", list)}),
+    "kill": ("core:kill", {}),  # nothing
+    "list_statistics": ("statistics:list", {}),  # group:name:: incremental, or non-incremental
+    "log_level": ("core:log_level", {}),  # Log level:: 1, or New global log level:: 1
+    "ps": ("core:ps", {  # Process::  ID=0 PID=7 Type=main | {"Processes": [{"ID": 0, "PID": 7, "Type": "main"}]}
+        "core.psx": ("processes", lambda rows: [{"IDX": p["ID"], "PID": p["PID"], "DSC": p["Type"]} for p in rows]),
+    }),
+    "pwd": ("core:pwd", {"core.pwd": ("pwd", lambda one: [one["WD"]])}),  # WD:: /path
+    "reset_all_statistics": ("statistics:reset_all", {}),  # nothing
+    "reset_statistics": ("statistics:reset", {}),  # nothing
+    "threads": ("core:threads", {}),  # Thread:: name, and below it the frames
+    "uptime": ("core:uptime", {"core.uptime": ("uptime", lambda one: {  # Now:: date, Up since:: date, Up time:: 7 [sec]
+        "now": one["Now"], "up_since": one["Up since"], "uptime": int(one["Up time"].split()[0])})}),
+    "version": ("core:version", {"core.version": ("version", lambda one: one["Server"])}),  # Server:: name (version)
+    "which": ("core:which", {"system.listMethods": ("list_methods", list)}),  # a name a line, or lists of parameters
 }  # fmt: skip
 CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
 CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
@@ -1466,8 +1453,6 @@ class _Core:
 
     def __init__(self, interface: Interface) -> None:
         self._interface = interface
-
-    # ---- the program
 
     def uptime(self) -> Any:
         """Tell the time, when the program started, and for how long it has run."""
@@ -1510,8 +1495,6 @@ class _Core:
             nodes.append(Node("Thread", names.get(ident, str(ident)), children=frames))
         return nodes
 
-    # ---- its commands
-
     def which(self, request: Request, command: str | None = None) -> Any:
         """List the commands, those of a group (`GROUP:`), or the lists of parameters to give COMMAND by name."""
         names = self._interface.names(request.dialect)
@@ -1542,28 +1525,22 @@ class _Core:
         usage = {"Usage": found.usage().removeprefix(found.name.rpartition(":")[0] + ":")}
         return {**usage, "Help": found.doc.split("\n")} if found.doc else usage  # run as -OO there are no texts
 
-    def _find(self, name: str, dialect: str) -> Command:
+    def _find(self, name: str, dialect: str, code: int = 404, reason: str = "Command Not Found") -> Command:
         try:
             return self._interface.find(name, dialect)
         except _Fault as fault:
-            raise CommandError(404, "Command Not Found") if fault.kind == "unknown_commands" else fault from None
+            raise CommandError(code, reason) if fault.kind == "unknown_commands" else fault from None
 
     def list_methods(self) -> Any:
         """List Kamailio's names of the core commands, and the program's own commands."""
-        commands = self._interface.commands.values()
-        names = [[*CORE[one.name][1]] if one.core else [one.name] for one in commands]
-        return sorted(itertools.chain(*names))
+        commands = list(self._interface.commands.values())
+        return sorted(itertools.chain(*[CORE[one.name][1] if one.core else [one.name] for one in commands]))
 
     def method_help(self, name: str | None = None) -> Any:
         """Say what the command NAME does."""
         if name is None:
             raise CommandError(400, "Method Name Expected")
-        try:
-            return self._interface.find(name, "json").doc
-        except _Fault:
-            raise CommandError(400, "command not found") from None
-
-    # ---- its log
+        return self._find(name, "json", 400, "command not found").doc
 
     def debug(self, level: int | None = None) -> Any:
         """Tell the log level or set it: -5 alert ... -1 error, 0 warning, 1 notice, 2 info, 3 debug."""
@@ -1583,10 +1560,7 @@ class _Core:
                 audit.setLevel(audit.getEffectiveLevel())
             logger.setLevel(levels[level])
             self._interface.level_changed(levels[level])
-        effective = logger.getEffectiveLevel()
-        return next((number for number, at_least in levels.items() if effective <= at_least), min(levels))
-
-    # ---- its statistics
+        return next((number for number, low in levels.items() if logger.getEffectiveLevel() <= low), min(levels))
 
     def get_statistics(self, statistics: Any, *more: Any) -> Any:
         """Tell the statistics called `group:name` or `name`, those of a `group:`, or `all`."""
@@ -1642,16 +1616,15 @@ class _Core:
         return {full: self._interface.statistics[full] for full in selected}
 
     def _values(self, statistics: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-        """Ask the statistics; one that fails or has no value is left out, for its readers read numbers."""
+        """Ask the statistics; one that fails or has no value is left out, or its readers could read none of them."""
         values = {}
         for name, statistic in statistics.items():
             try:
                 value = statistic()
+                if not (value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))):
+                    values[name] = int(value) if value.__class__ is bool else value
             except Exception as error:
                 _note(logging.ERROR, "statistic %a failed", name, error=error)
-                continue
-            if value is not None and value != "":
-                values[name] = int(value) if value.__class__ is bool else value
         return values
 
 
@@ -1703,24 +1676,27 @@ def _wrong(name: str, value: object, allowed: str) -> ParameterError:
     return ParameterError(f"{name} {value!a}: {allowed}")
 
 
+def _integer(value: Any, base: int) -> int | None:
+    """Return an int, or the one that a text writes; None for anything else."""
+    try:
+        number = int(value, base) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    return number if number.__class__ is int else None
+
+
 def _number(name: str, value: Any, low: int, high: int) -> int:
     """Check a number: an int, or its decimal or 0x text."""
-    number = value
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            number = int(value, 16 if value[:2].lower() == "0x" else 10)
-    if number.__class__ is not int or not low <= number <= high:
+    number = _integer(value, 16 if str(value)[:2].lower() == "0x" else 10)
+    if number is None or not low <= number <= high:
         raise _wrong(name, value, f"a number from {low} to {high} is allowed")
-    return int(number)
+    return number
 
 
 def _mode(name: str, value: Any) -> int:
     """Check permissions: an int, or octal text; 0 would lock everybody out and becomes 0o600."""
-    mode = value
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            mode = int(value, 8)
-    if mode.__class__ is not int or not 0 <= mode <= 0o777:
+    mode = _integer(value, 8)
+    if mode is None or not 0 <= mode <= 0o777:
         raise _wrong(name, value, "an octal number from 0 to 0777 is allowed")
     if not mode:
         _note(logging.WARNING, "%s 0: taken as 0600", name)
