@@ -32,9 +32,8 @@ or run `python -m mi_datagram --help`. Only the standard library is needed.
 
 from __future__ import annotations
 
-import _thread
+import collections
 import contextlib
-import contextvars
 import dataclasses
 import errno
 import functools
@@ -76,7 +75,6 @@ __version__ = "1.0"
 
 log = logging.getLogger("mi_datagram")
 audit = logging.getLogger("mi_datagram.audit")
-log.addHandler(logging.NullHandler())
 
 # ---------------------------------------------------------------- limits ----
 
@@ -93,6 +91,11 @@ QUIET_TICKS = 20  # ticks without a request after which the watching stops as we
 NESTING = 200  # levels of a JSON document
 BATCH = 64  # calls in one JSON-RPC batch
 DEFER_TIMEOUT = 60_000  # ms that a deferred reply may take
+MAX_OPEN = 1000  # deferred replies of one server that are open: each holds what its command keeps
+BACKLOG = 1000  # requests that wait while all threads are held
+BACKLOG_BYTES = 8 << 20  # of them together
+DRAIN = 1000  # datagrams that are still answered when a server stops: more than a socket's queue holds
+LOG_LINES = 10  # lines a second of each kind of event that peers cause
 DETAIL = 200  # characters of what a peer sent that the log shows
 FRAMES = 8  # innermost frames that `threads` shows of each thread
 WHITE = " \t\n\v\f\r"  # the line dialect's white space; bytes.strip() means the same six
@@ -152,6 +155,7 @@ FAULTS = {
     "too_long_requests": (400, "request too long", -32600, "Invalid Request"),
     "too_long_replies": (500, "Internal server error", -32603, "Internal error"),
     "forbidden": (403, "Forbidden", 403, "Forbidden"),
+    "too_many_open": (500, "Too many open requests", -32000, "Too many open requests"),
     "not_requests": (0, "", 0, ""),  # these two are never answered
     "dropped_deferred": (0, "", 0, ""),
 }
@@ -171,15 +175,19 @@ class _Fault(CommandError):
 def _note(
     level: int, text: str, *arguments: object, error: BaseException | None = None, to: logging.Logger = log
 ) -> None:
-    """Log, with the traceback of ERROR; a log handler that raises stops nothing.
+    """Log, with ERROR for whoever collects exceptions; a log handler that raises stops nothing.
 
     What came from a peer is printed by %a, and a traceback is indented, so that neither forges a line.
     """
+    if not to.isEnabledFor(level):
+        return
     try:
+        exc_info = None if error is None else (type(error), error, error.__traceback__)
+        # Not by to.log(), which looks for its caller: that takes a sixth of the time, and here it says nothing.
+        record = to.makeRecord(to.name, level, __file__, 0, text, arguments, exc_info)
         if error is not None:
-            text += "%s"
-            arguments += (_traceback(error),)
-        to.log(level, text, *arguments)
+            record.exc_text = _traceback(error)
+        to.handle(record)
     except Exception:  # there is nobody left to tell
         pass
 
@@ -189,12 +197,43 @@ def _traceback(error: BaseException) -> str:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception:  # it reads files, and there may be no descriptor left
         text = f"{type(error).__name__}: {error}"
-    return "\n    | ".join(["", *filter(None, escape_control_characters(text).split("\n"))])
+    lines = [line[:DETAIL] for line in escape_control_characters(text).split("\n") if line]
+    return "    | " + "\n    | ".join(lines)
 
 
 def escape_control_characters(text: str) -> str:
     """Escape what would drive a terminal."""
     return "".join([c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text])
+
+
+class LogLimit:
+    """Bounds the log of what peers cause: LOG_LINES a second of each kind, then one line that says how many more."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seconds: dict[str, list[float]] = {}  # of each kind the end of its second, and how many came in it
+
+    def allows(self, kind: str) -> bool:
+        """Count one more of a kind; whether it may be written."""
+        second = self._seconds.get(kind)
+        if second is None or self._clock() >= second[0]:
+            self.tell()
+            second = self._seconds[kind] = [self._clock() + 1, 0]
+        second[1] += 1
+        return second[1] <= LOG_LINES
+
+    def tell(self, at_once: bool = False) -> float:
+        """Write how many were left out in the seconds that are over, or in all; return when there is more to tell."""
+        now = math.inf if at_once else self._clock()
+        ends = [math.inf]
+        for kind, (end, count) in list(self._seconds.items()):
+            if end <= now:
+                del self._seconds[kind]
+                if count > LOG_LINES:
+                    _note(logging.WARNING, "%s: %d more in this second", kind, count - LOG_LINES)
+            elif count > LOG_LINES:
+                ends.append(end)
+        return min(ends)
 
 
 # ---------------------------------------------------------------- values ----
@@ -274,7 +313,7 @@ class Request:
     arguments: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
     peer: Peer | None = None
     dialect: str = "line"
-    _defer: Callable[[float], Deferred] | None = dataclasses.field(default=None, repr=False, compare=False)
+    _call: Call | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def defer(self, timeout: float = DEFER_TIMEOUT) -> Deferred:
         """Answer later: the command returns what this returns, and whoever holds it replies.
@@ -283,9 +322,9 @@ class Request:
         """
         if not timeout >= 0:
             raise ParameterError(f"timeout {timeout!a}: a number of ms is allowed")
-        if self._defer is None:
+        if self._call is None:
             raise Error("nobody waits for an answer to this request")
-        return self._defer(timeout)
+        return self._call.defer(timeout)
 
 
 def _udp_name(address: Any) -> str:
@@ -535,6 +574,19 @@ def _plain(value: Any) -> Any:
 
 
 _decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
+BOM = b"\xef\xbb\xbf"  # some write it before UTF-8
+
+
+def _is_json(data: bytes) -> bool:
+    """Whether a datagram is of this dialect, by its first byte that is not white space."""
+    return data[:1] in (b"{", b"[") or data.removeprefix(BOM).lstrip()[:1] in (b"{", b"[")
+
+
+def _parse_json(data: bytes) -> Any:
+    """Decode a document; raise ValueError or RecursionError for what is none, or nested too deep."""
+    if data.count(b"[") + data.count(b"{") > NESTING:
+        _check_nesting(data)
+    return _decode_json(data.removeprefix(BOM).decode())
 
 
 @functools.lru_cache(maxsize=8)
@@ -648,12 +700,12 @@ class Command:
         if not isinstance(name, str) or not re.fullmatch(r"([^:\n]+:)?[^:\n]+", name):
             raise ParameterError(f"command name {name!a}: NAME or GROUP:NAME is allowed, without line breaks")
         self.name = name
-        self.function = function
-        self.pass_request = pass_request
+        is_async = inspect.iscoroutinefunction(function)
+        self.function = run_on_loop(function, pass_request) if is_async else function
+        self.pass_request = pass_request or is_async
         self.read_only = read_only
         self.core = core
         self.doc = inspect.getdoc(function) or ""
-        self.is_async = inspect.iscoroutinefunction(function)
         self.slow = False  # whether its last run took longer than a TICK
         self._signature = inspect.signature(function)
         parameters = [*self._signature.parameters.values()]
@@ -729,41 +781,51 @@ class Command:
 
 
 class Counter:
-    """A statistic that counts: right from any thread, as each has a cell of its own and needs no lock."""
+    """A statistic that counts, right from any thread."""
 
     def __init__(self) -> None:
-        self._cells: dict[int, int] = {}
-        self._offset = 0
+        self._lock = threading.Lock()
+        self._others = 0  # all that add() counted, less what was there at the last reset, less our looks at _ones
+        # Each request counts two: a step of this iterator is one step of the interpreter, which needs no lock.
+        self._ones = itertools.count()
+        has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+        self.add_one: Callable[[], object] = self._ones.__next__ if has_gil else self.add
 
     def add(self, amount: int = 1) -> None:
         """Count AMOUNT more."""
-        thread = get_ident()
-        try:
-            self._cells[thread] += amount
-        except KeyError:
-            self._cells[thread] = amount
+        with self._lock:
+            self._others += amount
 
     def reset(self) -> None:
         """Count from zero again."""
-        self._offset = -sum(list(self._cells.values()))  # not -=, so that two resets at once agree
+        with self._lock:
+            self._others = -next(self._ones) - 1
 
     def __call__(self) -> int:
-        return sum(list(self._cells.values())) + self._offset
+        with self._lock:
+            ones = next(self._ones)
+            self._others -= 1
+            return ones + self._others + 1
+
+
+# -------------------------------------------------------------------- calls ----
 
 
 class Deferred:
     """A reply that comes later, once, from any thread; made by Request.defer."""
 
-    def __init__(self, timeout: float, once: threading.Lock, finish: Callable[[Any], None]) -> None:
-        self.deadline = time.monotonic() + timeout / 1000
-        self._once = once  # whoever gets it answers; the Deferreds of one call share it
-        self._finish = finish
+    deadline = math.inf  # by time.monotonic()
+    task: Any = None  # of an `async def` command: the loop itself keeps no reference
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._once = threading.Lock()  # whoever gets it answers
 
     def reply(self, result: Any = None) -> bool:
         """Answer with RESULT, as if the command had returned it; False if it is too late."""
-        is_first = self._once.acquire(blocking=False)
+        is_first = self.claim()
         if is_first:
-            self._finish(result)
+            self._call.finish(result)
         return is_first
 
     def fail(self, code: int, reason: str) -> bool:
@@ -774,55 +836,65 @@ class Deferred:
         """Give up the reply; False if there was one already."""
         return self.reply(_Fault("dropped_deferred", detail="never answered"))
 
+    def claim(self) -> bool:
+        """Take the right to answer; it is given once."""
+        return self._once.acquire(blocking=False)
 
-class _Deadlines:
-    """Drops each Deferred that nobody answers in time; has a thread only while there are any."""
 
-    def __init__(self) -> None:
-        self._change = threading.Condition()
+class OpenReplies:
+    """The Deferreds of one server that have no reply yet: MAX_OPEN at most, each dropped at its deadline.
+
+    `on_sooner` is called when a deadline is added that comes before all others.
+    """
+
+    def __init__(self, on_sooner: Callable[[], object]) -> None:
+        self._on_sooner = on_sooner
+        self._lock = threading.Lock()
         self._open: set[Deferred] = set()
-        self._next = math.inf  # when the thread wakes up by itself; never: there is none
-        self._pid = os.getpid()
+        self._next = math.inf  # the first deadline, or a time before it
+
+    def __len__(self) -> int:
+        return len(self._open)
 
     def add(self, deferred: Deferred) -> None:
-        if self._pid != os.getpid():
-            self.__init__()  # type: ignore[misc] # forked: the thread, and what it waits for, is the parent's
-        with self._change:
+        with self._lock:
+            if len(self._open) >= MAX_OPEN and deferred not in self._open:
+                raise _Fault("too_many_open")
             self._open.add(deferred)
-            if deferred.deadline < self._next:
-                if self._next == math.inf:
-                    threading.Thread(target=self._run, name="mi_datagram deadlines", daemon=True).start()
-                self._next = deferred.deadline
-                self._change.notify()
+            is_sooner = deferred.deadline < self._next
+            self._next = min(self._next, deferred.deadline)
+        if is_sooner:
+            self._on_sooner()
 
     def discard(self, deferred: Deferred) -> None:
-        with self._change:
+        with self._lock:
             self._open.discard(deferred)
 
-    def settle(self) -> None:
-        """Let the thread end now if there is nothing to wait for."""
-        with self._change:
-            self._change.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._change:
-                now = time.monotonic()
+    def drop_late(self, now: float) -> float:
+        """Drop the replies that are late at the time NOW; return the next deadline."""
+        if now >= self._next:
+            with self._lock:
                 late = [deferred for deferred in self._open if deferred.deadline <= now]
-                if not late:
-                    self._next = min([deferred.deadline for deferred in self._open], default=math.inf)
-                    if self._next == math.inf:
-                        return
-                    self._change.wait(min(self._next - now, threading.TIMEOUT_MAX))
                 self._open.difference_update(late)
-            for deferred in late:
-                try:
-                    deferred.drop()
-                except Exception as error:  # of whoever sends; the others are to be dropped all the same
-                    _note(logging.ERROR, "a late reply was not sent", error=error)
+                self._next = min([deferred.deadline for deferred in self._open], default=math.inf)
+            self._drop(late)
+        return self._next
+
+    def drop_all(self) -> None:
+        self._drop(list(self._open))
+
+    def _drop(self, several: list[Deferred]) -> None:
+        for deferred in several:
+            try:
+                deferred.drop()
+            except Exception as error:  # of whoever sends; the others are to be dropped all the same
+                _note(logging.ERROR, "a late reply was not sent", error=error)
 
 
-# ---------------------------------------------------------------- answering ----
+class Step:
+    """A part of the answering that may wait, as `authorize` or the log; `slow` says that it did last time."""
+
+    slow = False
 
 
 @dataclasses.dataclass
@@ -835,19 +907,286 @@ class Service:
     json_indent: str | None = None
     authorize: Authorize | None = None
     silent: bool = False  # whether a refused peer gets no reply at all
+    loop: Any = None  # where `async def` commands run, if not on the Interface's
+    open_replies: OpenReplies | None = None  # None: deferred replies have neither deadline nor limit
+    is_forked: bool = False  # whether this process is a fork of the server's, and so has nothing to answer
+    access: Step = dataclasses.field(default_factory=Step)
+    logging: Step = dataclasses.field(default_factory=Step)
+
+
+PENDING: Any = object()  # in place of an answer that comes later
+
+
+class Call:
+    """One call of one command. It owns its one outcome, which comes now or, after Request.defer(), later.
+
+    A class of its own for each dialect reads the call, and writes the outcome (`format`).
+    """
+
+    exchange: Exchange
+    dialect = "line"
+    name = ""  # of the command, as it is registered
+    deferred: Deferred | None = None  # made by defer(), and all that a late reply needs with it
+
+    def format(self, outcome: Any) -> Any:
+        """Write what the command returned, or its CommandError; None where no answer is to be sent."""
+        raise NotImplementedError
+
+    def run(
+        self, command: Command, values: list[Any], named: dict[str, Any], sent: list[tuple[str, Any]] | None = None
+    ) -> Any:
+        """Bind the arguments and run the command; return what it returns, or PENDING; raise CommandError alone.
+
+        SENT are the arguments as a Request has them, where the caller has them at hand.
+        """
+        exchange = self.exchange
+        request = None
+        if named or len(values) not in command.ready[self.dialect]:
+            request = self._bind(command, values, named, sent)
+        if not command.read_only:
+            exchange.write_log(logging.INFO, "%a by %s", command.name, exchange.peer, to=audit)
+        exchange.step = command
+        try:
+            if command.slow:
+                outcome = exchange.run_slow(command, command.function, *values, **named)
+            else:
+                outcome = command.function(*values, **named)
+        except BaseException as error:
+            return self._decide(self._convert_error(error), request)
+        if request is not None:
+            return self._decide(outcome, request)
+        return outcome
+
+    def _bind(
+        self, command: Command, values: list[Any], named: dict[str, Any], sent: list[tuple[str, Any]] | None
+    ) -> Request | None:
+        """Bind and convert the arguments in place; return the Request, for a command that wants it."""
+        if not command.pass_request:
+            command.bind(values, named, self.dialect)
+            return None
+        sent = sent or [*[("", value) for value in values], *named.items()]
+        command.bind(values, named, self.dialect)
+        request = Request(command.name, sent, self.exchange.peer, self.dialect, self)
+        values.insert(0, request)
+        return request
+
+    def _convert_error(self, error: BaseException) -> CommandError:
+        """Convert an exception to the error that the peer may see: the command's own, or only that it failed."""
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise error  # the user's Ctrl-C, not the command's
+        is_forked = self.exchange.service.is_forked
+        if is_forked and isinstance(error, SystemExit):
+            os._exit(error.code if isinstance(error.code, int) else bool(error.code))
+        failure = self.exchange.failure(self.name, error)
+        if is_forked:
+            os._exit(1)
+        return failure
+
+    def defer(self, timeout: float) -> Deferred:
+        """Return the Deferred of this call; TIMEOUT is in ms, and the last one counts."""
+        deferred = self.deferred or Deferred(self)
+        deferred.deadline = time.monotonic() + timeout / 1000
+        if self.exchange.service.open_replies is not None:
+            self.exchange.service.open_replies.add(deferred)
+        if self.deferred is None:
+            self.deferred = deferred
+            self.exchange.keep_open()
+        return deferred
+
+    def _decide(self, outcome: Any, request: Request | None) -> Any:
+        """Return OUTCOME if that is the answer, or PENDING where the Deferred answers, or did."""
+        if request is not None:
+            request._call = None  # the answer is there, or its Deferred is
+        deferred = self.deferred
+        if deferred is not None and outcome is deferred:
+            return PENDING
+        if isinstance(outcome, Deferred):
+            outcome = self._convert_error(Error("it returned the Deferred of another request"))
+        if deferred is not None:
+            self._forget(deferred)
+            if not deferred.claim():
+                if isinstance(outcome, CommandError):
+                    self.exchange.record_error(outcome, self.name)
+                return PENDING
+        if isinstance(outcome, CommandError):
+            raise outcome from None
+        return outcome
+
+    def _forget(self, deferred: Deferred) -> None:
+        if self.exchange.service.open_replies is not None:
+            self.exchange.service.open_replies.discard(deferred)
+
+    def finish(self, outcome: Any) -> None:
+        """Answer late; for the Deferred."""
+        if not self.exchange.service.is_forked:
+            try:
+                if isinstance(outcome, CommandError):
+                    self.exchange.record_error(outcome, self.name)
+                self.exchange.complete(self, self.format(outcome))
+            finally:  # so that stopping waits for what is being sent
+                if self.deferred is not None:
+                    self._forget(self.deferred)
+
+
+def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
+    """Make a command of an `async def` function: it runs on an event loop, and has no deadline of its own.
+
+    The loop is that of the server (`async with mi.server(…)`), or else the Interface's.
+    """
+    import asyncio
+
+    async def run(call: Call, deferred: Deferred, values: Any, named: Any) -> None:
+        try:
+            outcome = await function(*values, **named)
+        except asyncio.CancelledError:
+            deferred.drop()
+            raise
+        except BaseException as error:  # SystemExit included: it would end the program's loop
+            outcome = call.exchange.failure(call.name, error)
+        if not isinstance(outcome, Deferred):  # which answers in its own time
+            deferred.reply(outcome)
+
+    def start(request: Request, /, *values: Any, **named: Any) -> Deferred:
+        call: Any = request._call
+        service = call.exchange.service
+        loop = service.loop or service.interface.loop
+        if loop is None or not loop.is_running():
+            raise Error("no event loop runs: serve it by `async with`, or give Interface(loop=...)")
+        deferred: Deferred = call.defer(math.inf)
+
+        def start_task() -> None:  # makes the coroutine on the loop: one that never gets there leaves no warning
+            deferred.task = loop.create_task(run(call, deferred, (request, *values) if pass_request else values, named))
+
+        loop.call_soon_threadsafe(start_task)
+        return deferred
+
+    return start
+
+
+class LineCall(Call):
+    """A call in the line dialect."""
+
+    def answer(self, data: bytes) -> bytes | None:
+        """Return the reply to a datagram; None where there is none, or not yet."""
+        exchange = self.exchange
+        service = exchange.service
+        try:
+            first_line, separator, rest = data.partition(b"\n")
+            command = service.interface.first_lines.get(first_line)
+            if command is None or not separator or len(data) > service.limit:
+                self._refuse(data)
+            self.name = command.name
+            if service.authorize is not None:
+                exchange.authorize(command.name)
+            text = rest.decode("utf-8", "surrogateescape")
+            if "::" in text or '"' in text:
+                sent = _parse_arguments(command.name, text)
+                values, named = command.split_arguments(sent)
+                outcome = self.run(command, values, named, sent)
+            else:  # by position alone and not quoted, as most are: read in half the time
+                values = [value for line in text.split("\n") if (value := line.strip(WHITE))]
+                outcome = self.run(command, values, {})
+        except RequestError as error:
+            outcome = exchange.record_error(_Fault("parse_errors", detail=error), self.name)
+        except CommandError as error:
+            outcome = exchange.record_error(error, self.name)
+        return None if outcome is PENDING else self.format(outcome)
+
+    def _refuse(self, data: bytes) -> typing.NoReturn:
+        """Raise what is wrong with a datagram that calls no command."""
+        exchange = self.exchange
+        if len(data) > exchange.service.limit:
+            exchange.refuse("too_long_requests", f"more than {exchange.service.limit} bytes")
+        try:
+            self.name, _ = _parse_first_line(data)
+        except RequestError as error:
+            exchange.refuse("invalid_requests", error)
+        exchange.authorize(self.name)
+        exchange.service.interface.find(self.name, "line")
+        raise _Fault("unknown_commands")
+
+    def format(self, outcome: Any) -> bytes | None:
+        """Write what the command returned, or its error, as a reply that fits; None where none is to be sent."""
+        exchange = self.exchange
+        if isinstance(outcome, CommandError):
+            if isinstance(outcome, _Fault) and outcome.silent:
+                return None
+            outcome = Reply(outcome.code, outcome.reason)
+        try:
+            reply = format_reply(outcome, exchange.service.indent)
+        except Exception as error:  # a value whose str() raises, a tree without an end, a reason that has no bytes
+            return self.format(exchange.record_error(exchange.failure("reply", error), self.name))
+        return reply if len(reply) <= exchange.service.limit else self.format(exchange.too_long(len(reply), self.name))
+
+
+class JsonCall(Call):
+    """A call in the JSON-RPC 2.0 dialect; CALL is what was decoded, whether or not it is a Request object."""
+
+    dialect = "json"
+
+    def __init__(self, exchange: Exchange, call: Any = None) -> None:
+        self.exchange = exchange
+        self.id = _json_id(call)
+        self.is_notification = _is_call(call) and "id" not in call
+
+    def answer(self, call: Any) -> Any:
+        """Return the answer as text, None where there is none, PENDING where it comes later."""
+        exchange = self.exchange
+        try:
+            if not _is_call(call):
+                exchange.refuse("invalid_requests", "no Request object")
+            self.name = call["method"]
+            try:
+                command = exchange.service.interface.find(self.name, "json")
+                self.name = command.name
+            finally:  # a peer that may not ask does not learn either that there is no such command
+                exchange.authorize(self.name)
+            params = call.get("params", ())
+            if isinstance(params, dict):
+                outcome = self.run(command, [], dict(params))
+            else:
+                outcome = self.run(command, [*params], {})
+        except CommandError as error:
+            outcome = exchange.record_error(error, self.name)
+        return PENDING if outcome is PENDING else self.format(outcome)
+
+    def format(self, outcome: Any) -> str | None:
+        """Write what the command returned, or its error, as an answer that fits; None where none is to be sent."""
+        exchange, service = self.exchange, self.exchange.service
+        if self.is_notification or (isinstance(outcome, _Fault) and outcome.silent):
+            return None
+        member, value = _json_member(outcome)
+        try:
+            text = self._write(member, value, self.id)
+        except Exception as error:  # what JSON cannot say
+            return self.format(exchange.record_error(exchange.failure("reply", error), self.name))
+        if len(text) <= service.limit:
+            return text
+        value = _json_error(exchange.too_long(len(text), self.name))
+        text = self._write("error", value, self.id)
+        return text if len(text) <= service.limit else self._write("error", value, None)
+
+    def _write(self, member: str, value: Any, call_id: Any) -> str:
+        indent = self.exchange.service.json_indent
+        encode = _json_encoder(indent)
+        if indent is None:
+            return f'{{"jsonrpc":"2.0","{member}":{encode(value)},"id":{encode(call_id)}}}'
+        return encode({"jsonrpc": "2.0", member: value, "id": call_id})
 
 
 class Exchange:
-    """One datagram on its way to its reply: what both dialects share, then each of them.
+    """One datagram: its calls, and its one reply.
 
-    For derived classes (a server's Handler is one): `peer` tells who sent it, `send` delivers a
-    late reply, `make_way` is called before a command that is known to wait, `deferred_begins` and
-    `deferred_ended` with a Deferred when the answer is left to it and when it has none to give.
+    For derived classes (a server's Handler is one): `peer` tells who sent it, `send` delivers a late reply, or
+    learns that there is none (None), `yield_lead` is called before what is known to wait, `keep_open` when a
+    reply comes later.
     """
 
     service: Service
-    dialect = "line"
-    command: Command | None = None  # the one that runs now
+    step: Any = None  # what runs now and may wait: a Step or a Command
+    call: JsonCall | None = None  # the one to which a reply that cannot be sent is charged
+    batch: dict[JsonCall, Any] | None = None  # the answer to each call of a JSON array, PENDING until it is there
+    lock: threading.Lock | None = None  # of the batch, once a call of it was deferred
 
     def __init__(self, service: Service, peer: Peer | None, send: Callable[[bytes], object] | None) -> None:
         self.service = service
@@ -858,305 +1197,179 @@ class Exchange:
     def peer(self) -> Peer | None:
         return self._peer
 
-    def send(self, reply: bytes) -> None:
-        if self._send is not None:
+    def send(self, reply: bytes | None) -> None:
+        if reply is not None and self._send is not None:
             self._send(reply)
 
-    def make_way(self) -> None:
+    def yield_lead(self) -> None:
         pass
 
-    def deferred_begins(self, deferred: Deferred) -> None:
-        self.service.interface.deadlines.add(deferred)
-
-    def deferred_ended(self, deferred: Deferred) -> None:
-        self.service.interface.deadlines.discard(deferred)
+    def keep_open(self) -> None:
+        self.lock = self.lock or threading.Lock()
 
     def answer(self, data: bytes) -> bytes | None:
-        """Give the reply to the datagram; None where there is none, or not yet."""
+        """Return the reply to the datagram; None where there is none, or not yet."""
         self.service.interface.count_request()
         first = data[:1]
         if first != b":":
             if not first or first.isdigit():  # an answer; answering it could set two servers against each other
-                self._blame(_Fault("not_requests", detail="empty, or an answer"))
+                self.record_error(_Fault("not_requests", detail="empty, or an answer"), "")
                 return None
-            if data.lstrip()[:1] in (b"{", b"["):
+            if _is_json(data):
                 return self._answer_json(data)
-        outcome = self._perform_line(data)
-        return None if outcome.__class__ is Deferred else self._format_line(outcome)
-
-    def _refuse(self, kind: str, detail: object) -> typing.NoReturn:
-        """Refuse a datagram that yields no command; a peer that may not ask learns only that."""
-        self._authorize("")
-        raise _Fault(kind, detail=detail)
-
-    def _authorize(self, name: str) -> None:
-        """Raise the fault "forbidden" unless this peer may run the command NAME, which need not exist."""
-        authorize = self.service.authorize
-        try:
-            if authorize is None or authorize(self.peer or Peer(), name):
-                return
-        except Exception as error:
-            _note(logging.ERROR, "authorize failed for %a, so it is refused", name, error=error)
-        raise _Fault("forbidden", detail=name, silent=self.service.silent)
-
-    def _blame(self, error: CommandError, name: str | None = None) -> CommandError:
-        """Count and log what went wrong in the command NAME, by default in the one that runs."""
-        kind = error.kind if isinstance(error, _Fault) else "command_errors"
-        self.service.interface.count(kind)
-        if name is None:
-            name = self.command.name if self.command else ""
-        level = logging.INFO if kind in ("command_errors", "not_requests") else logging.WARNING
-        try:
-            detail = str(error.detail) if isinstance(error, _Fault) and error.detail else str(error)
-        except Exception:  # a reason that has no text
-            detail = type(error).__name__
-        _note(level, "%a from %s: %s: %a", name, self.peer, kind, detail[:DETAIL])
-        return error
-
-    def _run(self, command: Command, values: list[Any], named: dict[str, Any], request: Request | None = None) -> Any:
-        """Bind the arguments and run the command; what it raises comes out as a CommandError."""
-        self.command = command
-        if named or len(values) not in command.ready[self.dialect]:
-            command.bind(values, named, self.dialect)
-        if request is not None:
-            values.insert(0, request)
-        if not command.read_only and audit.isEnabledFor(logging.INFO):
-            _note(logging.INFO, "%a by %s", command.name, self.peer, to=audit)
-        try:
-            if command.slow:
-                return self._run_aside(command, values, named)
-            return command.function(*values, **named)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-                raise  # the user's Ctrl-C, not the command's
-            raise _failure(command.name, error) from None
-
-    def _run_with_request(
-        self,
-        command: Command,
-        values: list[Any],
-        named: dict[str, Any],
-        deliver: Callable[[Any], object],
-        arguments: list[tuple[str, Any]] | None = None,
-    ) -> Any:
-        """Run a command that wants its Request; DELIVER takes the outcome of a Deferred that it returns."""
-        once = threading.Lock()
-        deferreds: list[Deferred] = []
-
-        def finish(outcome: Any) -> None:
-            try:
-                deliver(self._blame(outcome, command.name) if isinstance(outcome, CommandError) else outcome)
-            finally:
-                for deferred in deferreds:
-                    self.deferred_ended(deferred)
-
-        def defer(timeout: float) -> Deferred:
-            deferred = Deferred(timeout, once, finish)
-            deferreds.append(deferred)
-            self.deferred_begins(deferred)
-            if once.locked():  # asked last: what is answered until now may have released the others already
-                self.deferred_ended(deferred)
-                raise Error("this request has its answer already")
-            return deferred
-
-        arguments = arguments or [*[("", value) for value in values], *named.items()]
-        request = Request(command.name, arguments, self.peer, self.dialect, defer)
-        outcome: Any = None
-        try:
-            outcome = self._run(command, values, named, request)
-            if isinstance(outcome, Deferred) and outcome not in deferreds:
-                raise _failure(command.name, Error("it returned the Deferred of another request"))
-        except CommandError as error:
-            outcome = self._blame(error, command.name)
-        finally:
-            if not isinstance(outcome, Deferred):  # so it is the answer, and the only one
-                if not once.acquire(blocking=False):
-                    outcome = deferreds[0]  # which has answered already
-                for deferred in deferreds:
-                    self.deferred_ended(deferred)
-        return outcome
-
-    def _run_aside(self, command: Command, values: list[Any], named: dict[str, Any]) -> Any:
-        """Run a command that was slow last time, while another thread receives."""
-        self.make_way()
-        started = time.monotonic()
-        try:
-            return command.function(*values, **named)
-        finally:
-            command.slow = time.monotonic() - started > TICK
-
-    def _too_long(self, length: int, name: str | None = None) -> CommandError:
-        return self._blame(_Fault("too_long_replies", detail=f"{length} bytes, {self.service.limit} allowed"), name)
-
-    # ---- the line dialect
-
-    def _perform_line(self, data: bytes) -> Any:
-        """Give what the command returns, or the CommandError that went wrong."""
-        service = self.service
-        try:
-            if len(data) > service.limit:
-                self._refuse("too_long_requests", f"more than {service.limit} bytes")
-            first_line, separator, rest = data.partition(b"\n")
-            command = service.interface.first_lines.get(first_line)
-            if command is None or not separator:
-                self._refuse_first_line(data)
-            if service.authorize is not None:
-                self._authorize(command.name)
-            text = rest.decode("utf-8", "surrogateescape")
-            arguments = None
-            if "::" in text or '"' in text:
-                try:
-                    arguments = _parse_arguments(command.name, text)
-                except RequestError as error:
-                    raise _Fault("parse_errors", detail=error) from None
-                values, named = command.split_arguments(arguments)
-            else:  # by position alone and not quoted, as most are: read in half the time
-                values = [value for line in text.split("\n") if (value := line.strip(WHITE))]
-                named = {}
-            if command.pass_request:
-                return self._run_with_request(command, values, named, self._deliver_line, arguments)
-            return self._run(command, values, named)
-        except CommandError as error:
-            return self._blame(error)
-
-    def _refuse_first_line(self, data: bytes) -> typing.NoReturn:
-        try:
-            name, _ = _parse_first_line(data)
-        except RequestError as error:
-            self._refuse("invalid_requests", error)
-        self._authorize(name)
-        self.service.interface.find(name, "line")
-        raise _Fault("unknown_commands", detail=name)
-
-    def _format_line(self, outcome: Any) -> bytes | None:
-        """Write what a command returned, or its error, as a reply that fits."""
-        if isinstance(outcome, CommandError):
-            if isinstance(outcome, _Fault) and outcome.silent:
-                return None
-            outcome = Reply(outcome.code, outcome.reason)
-        try:
-            reply = format_reply(outcome, self.service.indent)
-        except Exception as error:  # a value whose str() raises, a tree without an end, a reason that has no bytes
-            return self._format_line(self._blame(_failure("reply", error)))
-        return reply if len(reply) <= self.service.limit else self._format_line(self._too_long(len(reply)))
-
-    def _deliver_line(self, outcome: Any) -> None:
-        reply = self._format_line(outcome)
-        if reply is not None:
-            self.send(reply)
-
-    # ---- the JSON-RPC 2.0 dialect
+        call = LineCall()  # no __init__: each request makes one
+        call.exchange = self
+        return call.answer(data)
 
     def _answer_json(self, data: bytes) -> bytes | None:
-        """Answer a call, or a batch of calls."""
-        self.dialect = "json"
+        self.call = JsonCall(self)
         try:
             document = self._parse_json(data)
         except CommandError as error:
-            text = self._format_json("", None, self._blame(error))
-            return None if text is None else text.encode()
-        calls, join = (document, self._join) if isinstance(document, list) else ([document], "".join)
-        texts: list[str | None] = [None] * len(calls)
-        lock, left = threading.Lock(), len(calls) + 1  # one more for this thread
-
-        def close() -> bytes | None:
-            """Count off one; after the last give the reply, if there is one."""
-            nonlocal left
-            with lock:
-                left -= 1
-                if left:
-                    return None
-            return join([text for text in texts if text is not None]).encode() or None
-
-        def put(index: int, text: str | None) -> None:
-            texts[index] = text
-            reply = close()
-            if reply:  # a late one; this thread has one more to count off
-                self.send(reply)
-
-        for index, call in enumerate(calls):
-            self._answer_call(call, functools.partial(put, index))
-        return close()
+            answer = self.call.format(self.record_error(error, ""))
+        else:
+            if document.__class__ is list:
+                return self._answer_batch(document)
+            self.call = JsonCall(self, document)
+            answer = self.call.answer(document)
+        return None if answer is None or answer is PENDING else answer.encode()
 
     def _parse_json(self, data: bytes) -> Any:
-        """Give the call, or the list of 1 to BATCH calls."""
+        """Return the call, or the list of 1 to BATCH calls."""
         limit = self.service.limit
         if len(data) > limit:
             if b'"method"' not in data:  # as far as one can see, somebody's long answer
                 raise _Fault("not_requests", detail="an answer")
-            self._refuse("too_long_requests", f"more than {limit} bytes")
+            self.refuse("too_long_requests", f"more than {limit} bytes")
         try:
-            if data.count(b"[") + data.count(b"{") > NESTING:
-                _check_nesting(data)
-            document = _decode_json(data.decode())
+            document = _parse_json(data)
         except (ValueError, RecursionError) as error:
-            self._refuse("parse_errors", error)
-        calls = document if isinstance(document, list) else [document]
+            self.refuse("parse_errors", error)
+        calls = document if document.__class__ is list else [document]
         if any([_is_answer(call) for call in calls]):
             raise _Fault("not_requests", detail="an answer")
         if not 1 <= len(calls) <= BATCH:
-            self._refuse("invalid_requests", f"{len(calls)} calls, 1 to {BATCH} allowed")
+            self.refuse("invalid_requests", f"{len(calls)} calls, 1 to {BATCH} allowed")
         return document
 
-    def _answer_call(self, call: Any, put: Callable[[str | None], object]) -> None:
-        """Run the command of a call and PUT the answer, now or later; None for a call that gets none."""
-        is_call = _is_call(call)
-        name = call["method"] if is_call else ""
-        call_id = _json_id(call)
-        is_notification = is_call and "id" not in call
+    def _answer_batch(self, document: list[Any]) -> bytes | None:
+        calls = [JsonCall(self, call) for call in document]
+        self.batch = dict.fromkeys(calls, PENDING)
+        for call, sent in zip(calls, document):
+            answer = call.answer(sent)
+            if answer is not PENDING and self._is_last(call, answer):
+                return self._join()
+        return None
 
-        def deliver(outcome: Any) -> None:
-            put(None if is_notification else self._format_json(name, call_id, outcome))
+    def _is_last(self, call: JsonCall, answer: str | None) -> bool:
+        """Put ANSWER into the batch; whether all are there now."""
+        assert self.batch is not None
+        with self.lock or contextlib.nullcontext():
+            self.batch[call] = answer
+            return PENDING not in self.batch.values()
 
+    def _join(self) -> bytes | None:
+        """Return the reply to the batch, if its answers fit together."""
+        assert self.batch is not None and self.call is not None
+        answers = [answer for answer in self.batch.values() if answer is not None]
+        text = f"[{','.join(answers)}]" if answers else None
+        if text is not None and len(text) > self.service.limit:
+            text = self.call.format(self.too_long(len(text), ""))
+        return None if text is None else text.encode()
+
+    def replace_too_large(self, reply: bytes) -> bytes | None:
+        """Return what to send in place of a reply that is too large for the system; None if that is no help."""
+        call: Call = self.call or LineCall()
+        call.exchange = self
+        answer = call.format(self.too_long(len(reply), ""))
+        shorter = answer.encode() if isinstance(answer, str) else answer
+        return shorter if shorter is not None and len(shorter) < len(reply) else None
+
+    def complete(self, call: Any, answer: Any) -> None:
+        """Take the late answer of a call; send the reply if there is one now."""
+        if self.batch is None:
+            self.send(answer.encode() if isinstance(answer, str) else answer)
+        elif self._is_last(call, answer):
+            self.send(self._join())
+
+    def run_slow(self, step: Any, function: Callable[..., Any], /, *values: Any, **named: Any) -> Any:
+        """Run what was slow last time, while another thread receives."""
+        self.yield_lead()
+        started = time.monotonic()
         try:
-            if not is_call:
-                self._refuse("invalid_requests", "no Request object")
+            return function(*values, **named)
+        finally:
+            step.slow = time.monotonic() - started > TICK
+
+    def authorize(self, name: str) -> None:
+        """Raise the fault "forbidden" unless this peer may run the command NAME, which need not exist."""
+        authorize = self.service.authorize
+        if authorize is None:
+            return
+        peer = self.peer or Peer()
+        step = self.step = self.service.access
+        try:
+            if self.run_slow(step, authorize, peer, name) if step.slow else authorize(peer, name):
+                return
+        except Exception as error:
+            if self.service.interface.log_limit.allows("authorize failed"):
+                self.write_log(logging.ERROR, "authorize failed for %a, so it is refused", name[:DETAIL], error=error)
+        raise _Fault("forbidden", detail=name, silent=self.service.silent)
+
+    def refuse(self, kind: str, detail: object) -> typing.NoReturn:
+        """Refuse a datagram that yields no command; a peer that may not ask learns only that."""
+        self.authorize("")
+        raise _Fault(kind, detail=detail)
+
+    def record_error(self, error: CommandError, name: str) -> CommandError:
+        """Count and log what went wrong in the command NAME; return it."""
+        kind = error.kind if isinstance(error, _Fault) else "command_errors"
+        self.service.interface.count(kind)
+        level = logging.INFO if kind in ("command_errors", "not_requests") else logging.WARNING
+        if log.isEnabledFor(level) and self.service.interface.log_limit.allows(kind):
             try:
-                command = self.service.interface.find(name, "json")
-            except CommandError:
-                self._authorize(name)
-                raise
-            self._authorize(command.name)
-            params = call.get("params", [])
-            values, named = ([], dict(params)) if isinstance(params, dict) else (list(params), {})
-            if command.pass_request:
-                outcome = self._run_with_request(command, values, named, deliver)
-            else:
-                outcome = self._run(command, values, named)
-        except CommandError as error:
-            outcome = self._blame(error, name)
-        if outcome.__class__ is not Deferred:
-            deliver(outcome)
-
-    def _format_json(self, name: str, call_id: Any, outcome: Any) -> str | None:
-        """Write the outcome of a call of the command NAME as an answer that fits; None where none is to be sent."""
-        if isinstance(outcome, _Fault) and outcome.silent:
-            return None
-        member, value = _json_member(outcome)
-        try:
-            text = _json_encoder(self.service.json_indent)({"jsonrpc": "2.0", member: value, "id": call_id})
-        except Exception as error:  # what JSON cannot say
-            return self._format_json(name, call_id, self._blame(_failure("reply", error), name))
-        if len(text) <= self.service.limit:
-            return text
-        answer = {"jsonrpc": "2.0", "error": _json_error(self._too_long(len(text), name)), "id": call_id}
-        text = _json_encoder(None)(answer)
-        return text if len(text) <= self.service.limit else _json_encoder(None)({**answer, "id": None})
-
-    def _join(self, texts: list[str]) -> str:
-        """Join the answers of a batch if they fit together."""
-        text = "[" + ",".join(texts) + "]" if texts else ""
-        if len(text) > self.service.limit:
-            text = self._format_json("", None, self._too_long(len(text), "")) or ""
-        return text
-
-
-def _failure(name: str, error: BaseException) -> CommandError:
-    """Make of what a command raised what its peer may know: its own CommandError, or no more than that it failed."""
-    if isinstance(error, CommandError):
+                detail = str(error.detail) if isinstance(error, _Fault) and error.detail else str(error)
+            except Exception:  # a reason that has no text
+                detail = type(error).__name__
+            self.write_log(level, "%a from %s: %s: %a", name[:DETAIL], self.peer, kind, detail[:DETAIL])
         return error
-    _note(logging.ERROR, "command %a failed", name, error=error)
-    return _Fault("failed_commands", detail=type(error).__name__)
+
+    def failure(self, name: str, error: BaseException) -> CommandError:
+        """Log an exception that is not the command's own word to its peer; return the error that the peer may see."""
+        if isinstance(error, CommandError):
+            return error
+        if self.service.interface.log_limit.allows("failed"):
+            self.write_log(logging.ERROR, "command %a failed", name[:DETAIL], error=error)
+        return _Fault("failed_commands", detail=type(error).__name__)
+
+    def too_long(self, length: int, name: str) -> CommandError:
+        return self.record_error(
+            _Fault("too_long_replies", detail=f"{length} bytes, {self.service.limit} allowed"), name
+        )
+
+    def write_log(
+        self, level: int, text: str, *arguments: object, error: BaseException | None = None, to: logging.Logger = log
+    ) -> None:
+        """Log; while another thread receives, if the log waited last time."""
+        if to.isEnabledFor(level):
+            step = self.step = self.service.logging
+            if step.slow:
+                self.run_slow(step, _note, level, text, *arguments, error=error, to=to)
+            else:
+                _note(level, text, *arguments, error=error, to=to)
+
+
+def is_urgent(interface: Interface, data: bytes) -> bool:
+    """Whether a datagram calls core commands alone, which are answered when all threads are held."""
+    command = interface.first_lines.get(data.partition(b"\n")[0])
+    if command is not None or not _is_json(data):
+        return command is not None and command.core
+    try:
+        document = _parse_json(data)
+        calls = document if isinstance(document, list) else [document]
+        return all([interface.find(call["method"], "json").core for call in calls])
+    except (ValueError, RecursionError, TypeError, LookupError, CommandError):
+        return False
 
 
 # ---------------------------------------------------------------- Interface ----
@@ -1168,7 +1381,6 @@ COUNTERS = (
 )  # fmt: skip
 
 _F = typing.TypeVar("_F", bound=Callable[..., Any])
-_on_loop = contextvars.ContextVar("_on_loop", default=False)  # whether it is an `async def` command that runs
 Authorize = Callable[[Peer, str], bool]
 
 
@@ -1204,7 +1416,7 @@ class Interface:
         self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
         self.level_changed: Callable[[int], object] = lambda level: None
         self.first_lines: dict[bytes, Command] = {}  # by what a request begins with
-        self.deadlines = _Deadlines()
+        self.log_limit = LogLimit()
         self.use_counters(Counter)
         self.add_core([name for name in CORE if name not in CORE_ON_REQUEST] if core is None else core)
 
@@ -1285,36 +1497,6 @@ class Interface:
                     found[name] = command
         return found
 
-    def _run_on_loop(self, function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
-        """Make a command of an `async def` function: it runs on the loop and answers when it is done."""
-        import asyncio
-
-        async def run(request: Request, /, *values: Any, **named: Any) -> Any:
-            _on_loop.set(True)
-            try:
-                return await function(*values, **named)
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:  # SystemExit included: it would end the program's loop
-                return _failure(request.command, error)
-
-        def start(request: Request, /, *values: Any, **named: Any) -> Deferred:
-            deferred = request.defer()
-            if pass_request:
-                values = (request, *values)
-            future = asyncio.run_coroutine_threadsafe(run(request, *values, **named), self.loop)
-
-            def done(_: object) -> None:
-                if future.cancelled():
-                    deferred.drop()
-                elif not isinstance(result := future.result(), Deferred):  # which would answer in its own time
-                    deferred.reply(result)
-
-            future.add_done_callback(done)
-            return deferred
-
-        return start
-
     def counter(self, name: str) -> Counter:
         """Return the counter called `group:name`, made at its first mention."""
         counter = self.statistics.get(name) or self._add_statistic(name, Counter())  # of two threads one makes it
@@ -1389,8 +1571,10 @@ class Interface:
         self.statistics["mi_datagram:threads"] = lambda: sum(
             [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
         )
-        self.count_request = self.counter("mi_datagram:requests").add  # these two in every request, so looked up here
-        self.count_reply = self.counter("mi_datagram:replies").add
+        self.count_request = self.counter(
+            "mi_datagram:requests"
+        ).add_one  # these two in every request, so looked up here
+        self.count_reply = self.counter("mi_datagram:replies").add_one
 
     def count(self, name: str) -> None:
         """Count one more in the service's own group of statistics."""
@@ -1815,85 +1999,337 @@ def parse_socket_name(name: str | os.PathLike[str]) -> str | tuple[str, int]:
     return name
 
 
-# ------------------------------------------------------------------ handler ----
+# ------------------------------------------------------------------ threads ----
 
 
-class Handler(socketserver.BaseRequestHandler, Exchange):
-    """Answers one datagram: the Exchange with a peer on a server's socket."""
+class Work(typing.NamedTuple):
+    """What the threads of a LeaderFollowers do. An item is whatever `receive` returns."""
 
-    server: _Serving
-    request: tuple[bytes, socket.socket, bytes | None]
-    answered = False  # from just before the reply is sent, or once there is none to send
-    at_work = 0  # how many threads and Deferreds work on this for longer than a TICK
-    since = 0.0  # when the last of them began to
-
-    @property
-    def peer(self) -> Peer:
-        """Who sent the request; made when somebody asks, as few do."""
-        return Peer(self.client_address, self.request[2])
-
-    @property
-    def key(self) -> Any:
-        """What a retransmission has in common with this request."""
-        return self.request[0], self.client_address
-
-    def handle(self) -> None:
-        server = self.server
-        server.current = self  # what the watcher looks at
-        self.service = server.service
-        reply = self.answer(self.request[0])
-        if reply is not None:
-            self.send(reply)
-        elif not self.at_work:
-            self.answered = True
-
-    def send(self, reply: bytes) -> None:
-        self.answered = True
-        self.server._send_reply(reply, self.client_address)
-
-    def make_way(self) -> None:
-        self.server._make_way()
-
-    def deferred_begins(self, deferred: Deferred) -> None:
-        self.server._begin_work(deferred, self)
-        super().deferred_begins(deferred)
-
-    def deferred_ended(self, deferred: Deferred) -> None:
-        super().deferred_ended(deferred)
-        self.server._end_work(deferred)
+    receive: Callable[[], Any]  # take an item without waiting; BlockingIOError where there is none
+    handle: Callable[[Any], object]
+    poll: Callable[[], object]  # wait until there is an item, or until wake() was called
+    wake: Callable[[], object]
+    is_urgent: Callable[[Any], bool]
+    size: Callable[[Any], int]  # bytes
+    stalled: Callable[[], object]  # the leader was replaced, as it is in one item for a TICK
+    receive_failed: Callable[[OSError], object]
+    start_failed: Callable[[Exception], object]  # no thread could be started
 
 
-# ------------------------------------------------------------------ servers ----
+LEAD: Any = object()  # a worker's turn to lead
+FORKED = -math.inf  # in place of LeaderFollowers._left
 
-Socket = socket.socket  # by another name, as in the servers `socket` is an attribute
+
+class LeaderFollowers:
+    """Threads that take turns in receiving: one worker leads, the others handle what waits, or follow.
+
+    1. One worker at a time is the leader. It takes an item without waiting, handles it in place, and takes the next;
+       when there is none it polls. So quick items cost no change of threads.
+    2. A leader that may be long in an item is replaced: by `yield_lead`, which it calls before it waits, or by the
+       watcher, the thread in `watch`, which finds it in the same item for a whole TICK.
+    3. The lead goes to a follower, or else to a new worker, `max_workers` at most. Where neither can be had the
+       leader stays the leader. Nobody waits for the change: the lead is vacant until the follower wakes up.
+    4. `_leader` changes under the lock alone. A worker reads it without the lock before each item, so one that was
+       just replaced may take one item more. Before it polls it looks again, under the lock, so one thread polls.
+    5. The last free worker is the reserve. While it leads it handles in place what is urgent alone, and leaves the
+       rest to the backlog; when that is full it stops receiving. A worker that is done takes from the backlog first.
+       While something is in the backlog, nothing that is not urgent goes past it.
+    6. A worker that is done, and finds neither backlog nor vacant lead, follows, or ends if SPARE_THREADS do already.
+       One that dies of an error is replaced.
+    7. The watcher sleeps while the leader polls, and a leader that has something to do wakes it up. Both tell under
+       the lock what they do, so neither misses the other. An idle server makes no wake-ups.
+    8. At the shutdown the leader goes on until there is no item left, or DRAIN were handled; workers that are done
+       empty the backlog and end.
+    9. In a process that was forked from this one no worker goes on: the thread that forked ends the process.
+    """
+
+    def __init__(self, work: Work, max_workers: int) -> None:
+        self.work = work
+        self._max_workers = max_workers
+        self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)  # here followers wait
+        self._state_changed = threading.Condition(self._lock)  # here the watcher waits, and the reserve for room
+        self._workers: set[int | None] = set()  # their idents
+        self._followers = 0
+        self._leader = 0  # an ident; 0 while the lead is vacant
+        self._is_polling = False
+        self._watcher_sleeps = False
+        self._backlog = Backlog()
+        self._is_careful = False  # whether the leader is to ask _admit() before it handles an item
+        self._current: Any = None  # the item that the leader is in
+        self._left = math.inf  # items to take until the end: less than inf from the shutdown on, 0 at its end
+        self._requested: int | None = None  # the `drain` of request_shutdown
+
+    # ---- for the server
+
+    def start(self) -> bool:
+        """Start the first worker; False if no thread can be had."""
+        return self.spawn(self._work)
+
+    def spawn(self, function: Callable[..., object], *arguments: Any) -> bool:
+        """Run FUNCTION on a worker of its own; False if there are `max_workers`, or no thread can be started."""
+        worker = threading.Thread(target=self._run, args=(function, *arguments), name="mi_datagram worker", daemon=True)
+        with self._lock:
+            if len(self._workers) >= self._max_workers:
+                return False
+            try:
+                worker.start()
+            except (RuntimeError, MemoryError) as error:
+                self.work.start_failed(error)
+                return False
+            self._workers.add(worker.ident)
+            self._update()
+        return True
+
+    def yield_lead(self) -> None:
+        """Have another worker receive, as what this thread does next may take long."""
+        with self._lock:
+            if self._leader == get_ident():
+                self._promote_follower()
+
+    def run_slow(self, function: Callable[..., object], *arguments: Any) -> bool:
+        """Run what may wait: here on a worker, else on a worker of its own; False if nobody else would receive then."""
+        if get_ident() not in self._workers:
+            return self.spawn(function, *arguments)
+        self.yield_lead()
+        if self._leader == get_ident():
+            return False
+        function(*arguments)
+        return True
+
+    def is_worker(self) -> bool:
+        """Whether this thread is one of the workers."""
+        return get_ident() in self._workers
+
+    def is_ending(self) -> bool:
+        """Whether the shutdown has begun."""
+        return self._left < math.inf
+
+    def is_done(self) -> bool:
+        """Whether no worker is left."""
+        return not self._workers
+
+    def wake_watcher(self) -> None:
+        """Have the watcher call its `act` soon."""
+        with self._lock:
+            if self._watcher_sleeps:
+                self._watcher_sleeps = False
+                self._state_changed.notify_all()
+
+    def request_shutdown(self, drain: int) -> None:
+        """Have a worker or the watcher call shutdown(). Takes no lock, so a signal handler may call it."""
+        self._requested = drain
+        self.work.wake()
+
+    def shutdown(self, drain: int) -> None:
+        """Take DRAIN items more, as far as there are any now, and end."""
+        with self._lock:
+            if self._left == math.inf:
+                self._left = drain
+                if not drain:
+                    self._end_lead()
+                self._update()
+                self._state_changed.notify_all()
+        self.work.wake()
+
+    def abandon(self) -> None:
+        """Have no worker go on, in a process that was forked; without a lock, as who held it is not here."""
+        self._leader, self._left = 0, FORKED
+
+    def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
+        """Replace a leader that is in one item for a whole TICK; call ACT between, which says when it wants to be
+        called again at the latest (s from then); return when IS_OVER().
+        """
+        seen: Any = None
+        was_polling = False
+        ticks = 0  # since anything changed
+        while not is_over():
+            delay = act()
+            if self._requested is not None:
+                self.shutdown(self._requested)
+            with self._lock:
+                self._watcher_sleeps = ticks >= QUIET_TICKS and self._left == math.inf
+                pause = delay if self._watcher_sleeps else min(delay, TICK)
+                self._state_changed.wait(None if pause == math.inf else min(pause, threading.TIMEOUT_MAX))
+                if self._current is not seen or self._is_polling != was_polling:
+                    seen, was_polling, ticks = self._current, self._is_polling, 0
+                elif self._leader and not self._is_polling:
+                    if self._promote_follower():
+                        self.work.stalled()
+                else:
+                    ticks += 1
+                    if not self._leader and self._left > 0 and ticks == QUIET_TICKS:  # no thread could be had
+                        ticks = 0
+                        self._call_follower()
+
+    def end(self) -> None:
+        """End now: no worker takes another item."""
+        with self._lock:
+            self._end_lead()
+            self._backlog.clear()
+
+    # ---- the workers
+
+    def _run(self, function: Callable[..., object], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        finally:
+            self._end_forked_process()
+            with self._lock:
+                self._workers.discard(get_ident())
+                if self._leader == get_ident():  # it died of an error
+                    self._leader = 0
+                self._update()
+                if self._backlog or not (self._leader or self._left <= 0):
+                    self._call_follower()
+                if self._left < math.inf:  # else only the watcher would be woken, before its TICK is over
+                    self._state_changed.notify_all()
+
+    def _work(self) -> None:
+        turn = self._take_turn()
+        while turn is not None:
+            if turn is LEAD:
+                self._lead()
+            else:
+                self.work.handle(turn)
+            turn = self._take_turn()
+
+    def _lead(self) -> None:
+        me = get_ident()
+        receive, handle = self.work.receive, self.work.handle
+        while self._leader == me:
+            try:
+                item = receive()
+            except BlockingIOError:
+                self._wait_for_items()
+                continue
+            except OSError as error:
+                self.work.receive_failed(error)
+                continue
+            if self._is_careful and not self._admit(item):
+                continue
+            self._current = item
+            handle(item)
+
+    def _take_turn(self) -> Any:
+        """Wait for an item of the backlog, or for the lead (LEAD); None if this worker is not needed any more."""
+        self._end_forked_process()
+        with self._lock:
+            max_followers = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # one is left for a late reply
+            if self._leader and not self._backlog and self._followers >= max_followers:
+                return None
+            self._followers += 1
+            self._update()
+            self._turn.wait_for(lambda: self._backlog or not self._leader)
+            self._followers -= 1
+            turn = None
+            if self._backlog:
+                turn = self._backlog.pop()
+                self._state_changed.notify_all()
+            elif self._left > 0:
+                self._leader, self._current, turn = get_ident(), None, LEAD
+            self._update()
+            return turn
+
+    def _end_forked_process(self) -> None:
+        if self._left == FORKED:
+            os._exit(0)
+
+    # ---- the lead
+
+    def _promote_follower(self) -> bool:
+        """Give the lead to another worker; False if there is none. Under the lock."""
+        leader, self._leader = self._leader, 0
+        if self._call_follower():
+            return True
+        self._leader = leader
+        return False
+
+    def _call_follower(self) -> bool:
+        """Have a worker look for a turn; False if there is none. Under the lock."""
+        if self._followers:
+            self._turn.notify()
+            return True
+        return self.spawn(self._work)
+
+    def _end_lead(self) -> None:
+        self._leader = self._left = 0
+        self._turn.notify_all()
+        self._state_changed.notify_all()
+
+    def _is_crowded(self) -> bool:
+        return bool(self._backlog) or (not self._followers and len(self._workers) >= self._max_workers)
+
+    def _update(self) -> None:
+        self._is_careful = self._left < math.inf or self._is_crowded()
+
+    def _admit(self, item: Any) -> bool:
+        """Count what is taken at the end; whether the leader may handle ITEM, or else put it into the backlog."""
+        is_urgent = not self._is_crowded() or self.work.is_urgent(item)
+        with self._lock:
+            self._left -= 1
+            if self._left <= 0:
+                self._end_lead()
+            if is_urgent or not self._is_crowded():
+                return True
+            size = self.work.size(item)
+            self._state_changed.wait_for(lambda: self._backlog.has_room(size) or self._left <= 0)
+            self._backlog.push(item, size)
+            self._turn.notify()
+            return False
+
+    def _wait_for_items(self) -> None:
+        with self._lock:
+            if self._leader != get_ident():
+                return
+            if self._left < math.inf:  # there is none left
+                self._end_lead()
+                return
+            self._is_polling = True
+        self.work.poll()
+        with self._lock:
+            self._is_polling = False
+            self._current = None  # what the watcher saw is over: the next item gets a TICK of its own
+            self.wake_watcher()
+        if self._requested is not None:
+            self.shutdown(self._requested)
+
+
+class Backlog:
+    """Items that wait in their order: at most BACKLOG, of at most BACKLOG_BYTES bytes."""
+
+    def __init__(self) -> None:
+        self._items: collections.deque[tuple[Any, int]] = collections.deque()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def has_room(self, size: int) -> bool:
+        return len(self._items) < BACKLOG and self._bytes + size <= BACKLOG_BYTES
+
+    def push(self, item: Any, size: int) -> None:
+        self._items.append((item, size))
+        self._bytes += size
+
+    def pop(self) -> Any:
+        item, size = self._items.popleft()
+        self._bytes -= size
+        return item
+
+    def clear(self) -> None:
+        self._items.clear()
+        self._bytes = 0
+
+
+# ------------------------------------------------------------------ sending ----
+
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
-SO_PASSCRED = getattr(socket, "SO_PASSCRED", 16 if sys.platform == "linux" else 0)  # PyPy 3.9 lacks the name
 SO_SNDBUFFORCE = 32  # Linux: beyond net.core.wmem_max, for root
-SCM_RIGHTS = 1  # everywhere
-SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
-# No room for the descriptors of others.
-ANCILLARY = socket.CMSG_LEN(struct.calcsize(CREDENTIALS)) if SO_PASSCRED and hasattr(socket, "CMSG_LEN") else 0
+TIMEVAL = "@qq" if getattr(socket, "SO_SNDTIMEO", 0) > 60 else "@ll"  # 32-bit systems with a 64-bit time_t have 67
 
-
-def _timeval(seconds: float) -> bytes:
-    """Give a struct timeval for SO_SNDTIMEO and SO_RCVTIMEO; to them 0 means forever."""
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
-
-
-@contextlib.contextmanager
-def _naming(socket_name: str) -> typing.Iterator[None]:
-    """Make of an OSError one that names the socket."""
-    try:
-        yield
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        named = SocketError(f"socket_name {socket_name!a}: {reason}")
-        named.errno = getattr(error, "errno", None)
-        raise named from None
-
-
-# Why a reply was lost, by the error that says so: the statistic, and a hint for the log.
-LOST = {
+# Why a reply was dropped, by the error that says so: the statistic, and a hint for the log.
+DROP_REASONS = {
     errno.EAGAIN: ("dropped_unread", "the client does not read"),
     errno.EACCES: ("dropped_denied", "the client's socket is not writable for us"),
     errno.EPERM: ("dropped_denied", "the client's socket is not writable for us, or connected elsewhere"),
@@ -1903,46 +2339,264 @@ LOST = {
 }
 
 
-class _Serving(socketserver.BaseServer):
-    """What UnixServer and UDPServer share: their life, their threads, sending.
+def _timeval(seconds: float) -> bytes:
+    """Return a struct timeval for SO_SNDTIMEO and SO_RCVTIMEO; to them 0 means forever."""
+    return struct.pack(TIMEVAL, int(seconds), int(seconds % 1 * 1_000_000))
 
-    How the threads take turns. One thread at a time, the leader, receives: it takes a datagram
-    without waiting, handles it in place, and takes the next; when the queue is empty it polls.
 
-    1. `_leader` is the ident of the thread that leads, 0 while none does. It changes only under
-       `_lock`, and only a thread itself becomes the leader (`_take_lead`).
-    2. A leader stops being one by `_hand_over`, which leaves the lead vacant and sees to it that
-       somebody takes it: a spare thread, or else a new one, or else, at `max_threads`, whichever
-       is done first (`_take_lead`, `_run`). Nobody is waited for. While the lead is vacant the
-       watcher tries again, as what keeps a thread from starting may pass.
-    3. Who hands over: the watcher, when the leader is in the same request for a whole TICK; the
-       leader itself, before a command that was slow last time and before a reply that must wait.
-    4. A thread reads `_leader` without the lock before each datagram, so one that has just been
-       replaced may take one datagram more. That is harmless: the kernel gives each datagram to
-       one thread. Before it polls it asks again, under the lock.
-    5. A thread that is done and leads no more takes the lead if it is vacant, waits as a spare,
-       or ends when there are spares enough.
-    6. That the leader is idle, and that it is no longer, is said under the lock; so a watcher
-       that goes to sleep over the one cannot miss the other.
+class Outbox:
+    """Sends replies: at once where that can be done, else where nobody else waits for it.
 
-    The thread in serve_forever is the watcher; it and the workers are `max_threads` at most.
+    A reply that its client does not take waits `timeout` s at most, one for each client, `max_waiting` in all;
+    every other one is dropped. `run_slow(function, *arguments)` runs what waits, or returns False if it may not
+    wait now. A request is (data, socket, source, …): the reply leaves by the socket, and from the address that
+    `source` tells, if it is not empty.
+    """
+
+    def __init__(self, interface: Interface, timeout: float, max_waiting: int, run_slow: Callable[..., bool]) -> None:
+        self._interface = interface
+        self._timeout = timeout
+        self._max_waiting = max_waiting
+        self._run_slow = run_slow
+        self._lock = threading.Lock()
+        self._waiting: set[Any] = set()  # the clients that a reply waits for
+
+    def prepare(self, sock: socket.socket) -> None:
+        """Set what a socket needs for sending, whatever the program's defaults are."""
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
+        except OSError:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+    def send(self, asked: Any, reply: bytes) -> None:
+        """Send the reply to what was ASKED (a Handler), or drop, count and log it."""
+        request, address = asked.request, asked.client_address
+        try:
+            if request[2]:
+                _send_from(request, reply, MSG_DONTWAIT, address)
+            else:
+                request[1].sendto(reply, MSG_DONTWAIT, address)
+        except BlockingIOError as error:
+            self._send_later(request, reply, address, error)
+        except (OSError, TypeError) as error:  # TypeError: the client has no address
+            shorter = asked.replace_too_large(reply) if getattr(error, "errno", 0) == errno.EMSGSIZE else None
+            if shorter is None:
+                self._drop(request, address, error)
+            else:
+                self.send(asked, shorter)
+        else:
+            self._interface.count_reply()
+
+    def _send_later(self, request: Any, reply: bytes, address: Any, error: OSError) -> None:
+        """Send a reply that was not taken at once."""
+        if address in self._waiting or not self._run_slow(self._send_blocking, request, reply, address):
+            self._drop(request, address, error)
+
+    def _send_blocking(self, request: Any, reply: bytes, address: Any) -> None:
+        try:
+            with self._lock:
+                if not self._timeout or address in self._waiting or len(self._waiting) >= self._max_waiting:
+                    raise BlockingIOError(errno.EAGAIN, "too many replies wait")
+                self._waiting.add(address)
+            try:
+                _send_from(request, reply, 0, address)
+            finally:
+                with self._lock:
+                    self._waiting.discard(address)
+        except OSError as error:
+            self._drop(request, address, error)
+        else:
+            self._interface.count_reply()
+
+    def _drop(self, request: Any, address: Any, error: Exception) -> None:
+        if request[1].fileno() < 0:  # it is over, or this process is a fork
+            return
+        kind, hint = DROP_REASONS.get(getattr(error, "errno", 0), ("dropped_errors", ""))
+        if not address:
+            kind = "dropped_unbound"
+        self._interface.count(kind)
+        if address and self._interface.log_limit.allows(kind):
+            _note(logging.WARNING, "reply to %a dropped: %s%s", address, error, hint and f" ({hint})")
+
+
+def _send_from(request: Any, reply: bytes, flags: int, address: Any) -> None:
+    """Send a reply from the address that was asked; from the host's own if that is for receiving alone."""
+    _, sock, source, *_ = request
+    if source:
+        try:
+            sock.sendmsg([reply], source, flags, address)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENETUNREACH):
+                raise
+    sock.sendto(reply, flags, address)
+
+
+class UnixOutbox(Outbox):
+    """Sends from one-off sockets too: the kernel charges replies that nobody reads yet to the buffer of the sender.
+
+    So silent clients fill the buffer of the bound socket, and a socket of its own still reaches the others. Not
+    those that are connected: they take replies from the bound socket alone (EPERM), and have no limit of their
+    own, so to wait for them could be to wait forever.
+    """
+
+    def _send_later(self, request: Any, reply: bytes, address: Any, error: OSError) -> None:
+        if address in self._waiting:
+            self._drop(request, address, error)
+            return
+        try:
+            with self._overflow_socket() as sock:
+                sock.sendto(reply, MSG_DONTWAIT, address)
+        except BlockingIOError:
+            super()._send_later(request, reply, address, error)
+        except OSError as other:
+            self._drop(request, address, error if other.errno == errno.EPERM else other)
+        else:
+            self._interface.count_reply()
+
+    def _send_blocking(self, request: Any, reply: bytes, address: Any) -> None:
+        try:
+            sock = self._overflow_socket()
+        except OSError as error:
+            self._drop(request, address, error)
+            return
+        with sock:
+            super()._send_blocking((None, sock, ()), reply, address)
+
+    def _overflow_socket(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.prepare(sock)
+        return sock
+
+
+# ------------------------------------------------------------------ handler ----
+#
+# The way of a datagram, when its command is quick: `get_request` takes it off the socket, and
+# `ServerMixIn._handle` asks the hooks of socketserver: verify_request, and `process_request`.
+# finish_request makes a Handler, and its `handle` gives the bytes to `Exchange.answer`, which knows the
+# dialect. `LineCall.answer` reads it (`JsonCall.answer` each call of a JSON document), `Call.run` binds
+# the arguments and runs the command, and `LineCall.format` writes what that returned.
+# `ServerMixIn.reply_to` takes the reply to `Outbox.send`, which sends it.
+
+
+class Handler(socketserver.BaseRequestHandler, Exchange):
+    """Answers one datagram: the Exchange with a peer on a server's socket."""
+
+    server: ServerMixIn
+    request: Any  # (data, socket, source, sender), see get_request
+
+    @property
+    def peer(self) -> Peer:
+        """Who sent the request; made when somebody asks, as few do."""
+        return self.server.make_peer(self.request, self.client_address)
+
+    def handle(self) -> None:
+        server = self.server
+        server.current = self
+        self.service = server.service
+        reply = self.answer(self.request[0])
+        if reply is not None:
+            server.reply_to(self, reply)
+
+    def send(self, reply: bytes | None) -> None:
+        if reply is None:
+            self.server.forget(self.request)
+        else:
+            self.server.reply_to(self, reply)
+
+    def yield_lead(self) -> None:
+        self.server.yield_lead()
+
+    def keep_open(self) -> None:
+        super().keep_open()
+        self.server.keep_open(self.request)
+        self.request = (b"", *self.request[1:])  # what waits for its reply does not hold its datagram
+
+
+# ------------------------------------------------------------------ servers ----
+
+Socket = socket.socket  # by another name, as in the servers `socket` is an attribute
+SO_PASSCRED = getattr(socket, "SO_PASSCRED", 16 if sys.platform == "linux" and hasattr(socket, "CMSG_LEN") else 0)
+IP_PKTINFO, IPV6_RECVPKTINFO, IPV6_PKTINFO = 8, 49, 50  # Linux; the socket module lacks some
+SCM_RIGHTS = 1  # everywhere
+SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
+ANCILLARY = socket.CMSG_LEN(struct.calcsize(CREDENTIALS)) if SO_PASSCRED else 0  # no room for foreign descriptors
+
+_servers: weakref.WeakSet[ServerMixIn] = weakref.WeakSet()  # those of this process
+
+
+def _abandon_servers() -> None:
+    """Take all servers from a process that was just forked: they are the parent's."""
+    for server in list(_servers):
+        server.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_servers)
+
+
+@contextlib.contextmanager
+def _naming(socket_name: str) -> typing.Iterator[None]:
+    """Convert an OSError to one that names the socket."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        named = SocketError(f"socket_name {socket_name!a}: {reason}")
+        named.errno = getattr(error, "errno", None)
+        raise named from None
+
+
+class Poller:
+    """Waits until a socket has a datagram, or until wake() was called: from then on it does not wait any more."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._reading, writing = [open(end, mode, buffering=0) for end, mode in zip(os.pipe(), ("rb", "wb"))]  # noqa: SIM115
+        os.set_blocking(writing.fileno(), False)
+        self._writing: Any = writing  # a file, not a number: that may be another file's when it is closed
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._poll.register(self._reading, select.POLLIN)
+
+    def poll(self) -> None:
+        self._poll.poll()
+
+    def wake(self) -> None:
+        """Takes no lock, so a signal handler may call it."""
+        with contextlib.suppress(OSError, ValueError):
+            self._writing.write(b".")
+
+    def close(self) -> None:
+        self._reading.close()
+        self._writing.close()
+
+
+class _Buffer(threading.local):
+    """A receive buffer for each thread: one for each datagram, 64 kB cut down, would fragment the heap."""
+
+    def __init__(self, size: int) -> None:
+        self.view = memoryview(bytearray(size))
+
+
+class ServerMixIn(socketserver.BaseServer):
+    """What UnixServer and UDPServer share: their life, and the hooks that socketserver has for subclasses.
+
+    The thread in serve_forever is the watcher of a LeaderFollowers; it and the workers are `max_threads` at most.
     """
 
     socket: Socket
     current: Handler | None = None  # the one that the leader is in
-    remove_file: Callable[[], object] = staticmethod(lambda: None)  # if there is one and it is still ours
-    _state = "idle"  # then "serving", "stopping", "idle" or "closed"
+    drain = DRAIN  # datagrams that are still answered at the end
+    _state = "idle"  # then "serving", "idle" again, or "closed"
     _close_at_end = False
-    _leader = 0
-    _leader_polls = False
+    _threads: LeaderFollowers | None = None  # while it serves
     _watcher = 0  # the ident of the thread that watches
-    _watcher_sleeps = False
-    _wake: tuple[int, int]  # a pipe: written to at the end
-    _spares = 0
 
     def __init__(
         self,
-        socket_name: str,
+        socket_name: Any,
         interface: Interface,
         handler: Callable[[Any, Any, Any], socketserver.BaseRequestHandler] = Handler,
         authorize: Authorize | None = None,
@@ -1959,6 +2613,9 @@ class _Serving(socketserver.BaseServer):
         self.parameters = values = check_parameters(parameters)
         if values["children_count"] > 1:
             raise _wrong("children_count", values["children_count"], "only python -m mi_datagram has children")
+        if not (MSG_DONTWAIT and hasattr(select, "poll")):
+            raise SocketError("this system lacks MSG_DONTWAIT or poll")
+        self.open_replies = OpenReplies(self._wake_watcher)
         self.service = Service(
             interface,
             limit=values["socket_buf_size"],
@@ -1966,53 +2623,55 @@ class _Serving(socketserver.BaseServer):
             json_indent=values["reply_indent"] if values["pretty_printing"] else None,
             authorize=authorize,
             silent=isinstance(name, tuple),  # a UDP peer, which may be forged, gets no reply where it is refused
+            open_replies=self.open_replies,
         )
-        self._timeout: float = values["socket_timeout"] / 1000
-        self.drain_time: float = max(self._timeout, SOCKET_TIMEOUT / 1000)  # s that stopping waits for what runs
-        self._buffer = self.service.limit + 1  # bytes: one more shows that a request is too long
-        self._max_workers: int = values["max_threads"] - 1
-        self._max_spares = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # so that there is one for a late reply
-        self._pid = os.getpid()
-        self._lock = threading.RLock()
-        self._vacancy = threading.Condition(self._lock)  # here spares wait for the lead
-        self._change = threading.Condition(self._lock)  # here the watcher waits, and who waits for the end
-        self._workers: set[int | None] = set()  # their idents
-        self._waiting: set[Any] = set()  # the clients that a reply waits for
-        self._relief: Socket | None = None  # a second socket, from the first time that our send buffer was full
-        self._aside: Socket | None = None  # it, tried first until a tick finds nothing to do: failures cost most
-        self._at_work: dict[Any, Handler] = {}  # worker or Deferred -> the handler whose request it works on
-        self._by_datagram: dict[Any, Handler] = {}  # such a handler by its datagram and peer
-        if not (MSG_DONTWAIT and hasattr(select, "poll")):
-            raise SocketError("this system lacks MSG_DONTWAIT or poll")
-        address = self._resolve(name)
+        self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
+        self.buffer = _Buffer(self.service.limit + 1)  # one byte more shows that a request is too long
+        self.outbox = self._outbox(
+            values["socket_timeout"] / 1000, min(values["max_threads"] // 2, values["max_threads"] - 3)
+        )
+        self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
+        self._state_changed = threading.Condition()
         with _naming(socket_name):
-            super().__init__(address, handler, listening is None)  # type: ignore[call-arg]
+            super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
         if listening is not None:
             self.socket.close()
             self.socket = listening
             self.server_address = listening.getsockname()
+            self.drain = 0  # its queue is the successor's
         self._prepare()
+        _servers.add(self)
 
     @property
     def interface(self) -> Interface:
         """The Interface that is served."""
         return self.service.interface
 
+    # ---- for the two kinds
+
     def _resolve(self, name: str | tuple[str, int]) -> Any:
-        """Check that NAME is one for this class and give the address to bind."""
+        """Check that NAME is one for this class and return the address to bind."""
         raise NotImplementedError
+
+    def _outbox(self, timeout: float, max_waiting: int) -> Outbox:
+        return Outbox(self.interface, timeout, max_waiting, self._run_slow)
 
     def _prepare(self) -> None:
         """Set what the socket has, bound here or passed in."""
-        self.socket.setblocking(True)
-        self._prepare_to_send(self.socket)
+        self.outbox.prepare(self.socket)
 
-    def _prepare_to_send(self, sock: Socket) -> None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
-        except OSError:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    def make_peer(self, request: Any, client_address: Any) -> Peer:
+        """Return who sent a request."""
+        return Peer(client_address)
+
+    def keep_open(self, request: Any) -> None:
+        """Learn that the reply to a request comes later."""
+
+    def forget(self, request: Any) -> None:
+        """Learn that a request that was kept open has no reply."""
+
+    def remove_file(self) -> None:
+        """Remove the socket file, if there is one and it is still ours; takes no lock."""
 
     # ---- life
 
@@ -2021,7 +2680,7 @@ class _Serving(socketserver.BaseServer):
         if not self._begin():
             raise Error(f"this server is {self._state}")
         try:
-            threading.Thread(target=self._serve, args=(0.5,), name="mi_datagram", daemon=True).start()
+            threading.Thread(target=self._serve, name="mi_datagram", daemon=True).start()
         except RuntimeError:
             self._drain()
             raise
@@ -2035,90 +2694,107 @@ class _Serving(socketserver.BaseServer):
         if self._begin():
             self._serve(poll_interval)
         else:
-            with self._change:
-                self._change.wait_for(lambda: self._state in ("idle", "closed"))
+            with self._state_changed:
+                self._state_changed.wait_for(lambda: self._state != "serving")
 
     def _begin(self) -> bool:
         """Have a thread receive; False if this server is not idle."""
-        if self._pid != os.getpid():  # before the lock, which a thread that was not forked may hold
-            raise Error(f"this server belongs to process {self._pid}: make one after the fork")
-        with self._lock:
+        if self.service.is_forked:
+            raise Error("this server is another process's: make one after the fork")
+        _refuse_gevent()
+        with self._state_changed:
             if self._state != "idle":
                 return False
-            self._wake = os.pipe()
-            self._poll = select.poll()
-            self._poll.register(self.socket, select.POLLIN)
-            self._poll.register(self._wake[0], select.POLLIN)
+            self._poller = Poller(self.socket)
+            work = Work(
+                receive=self.get_request,
+                handle=self._handle,
+                poll=self._poller.poll,
+                wake=self._poller.wake,
+                is_urgent=lambda item: is_urgent(self.interface, item[0][0]),
+                size=lambda item: len(item[0][0]),
+                stalled=self._stalled,
+                receive_failed=self._receive_failed,
+                start_failed=self._start_failed,
+            )
+            self._threads = LeaderFollowers(work, self.parameters["max_threads"] - 1)
             self._state = "serving"
-            if self._spawn(self._work):
+            if self._threads.start():
                 return True
         self._drain()
         raise Error("no thread could be started")
 
-    def _serve(self, poll_interval: float) -> None:
+    def _serve(self, poll_interval: float = 0.5) -> None:
+        assert self._threads is not None
         self._watcher = get_ident()
+        acts = type(self).service_actions is not socketserver.BaseServer.service_actions
+
+        def act() -> float:
+            if acts:
+                self.service_actions()
+            return min(self._see_to_deadlines(), poll_interval if acts else math.inf)
+
         try:
-            self._watch(poll_interval)
+            self._threads.watch(act, self._threads.is_ending)
         finally:
             self._drain()
 
-    def _ask_to_end(self) -> None:
-        with self._lock:
-            if self._state == "serving":
-                self._state = "stopping"
-                self._leader = 0
-                self._vacancy.notify_all()
-                self._change.notify_all()
-                os.write(self._wake[1], b".")  # never read: every poll is to see it
+    def _see_to_deadlines(self) -> float:
+        """Drop late replies, and tell what the log left out; return in how many s there is more to do."""
+        now = time.monotonic()
+        return min(self.open_replies.drop_late(now), self.interface.log_limit.tell()) - now
 
     def _drain(self) -> None:
         """Let what runs finish and reply, for drain_time; drop the rest."""
-        self._ask_to_end()
+        threads = self._threads
+        if self.service.is_forked or threads is None:
+            return
+        deadline = time.monotonic() + self.drain_time
+
+        def is_over() -> bool:
+            return (threads.is_done() and not self.open_replies) or time.monotonic() >= deadline
+
         try:
-            with self._change:
-                self._change.wait_for(lambda: not (self._workers or self._at_work), self.drain_time)
-            self._drop_deferred()
-            self.interface.deadlines.settle()
+            threads.shutdown(self.drain if self._close_at_end else 0)
+            threads.watch(self._see_to_deadlines, is_over)
         finally:  # after a second Ctrl-C too
-            with self._change:
-                for descriptor in self._wake:
-                    os.close(descriptor)
+            threads.end()
+            self.open_replies.drop_all()
+            self.interface.log_limit.tell(at_once=True)
+            with self._state_changed:
+                self._poller.close()
+                self._threads = None
                 self._watcher = 0
                 self._state = "idle"
                 if self._close_at_end:
                     self._close()
-                self._change.notify_all()
-
-    def _drop_deferred(self) -> None:
-        for owner in list(self._at_work):
-            if isinstance(owner, Deferred):
-                owner.drop()
+                self._state_changed.notify_all()
 
     def shutdown(self) -> None:
-        """End serve_forever and wait for it; in a thread of this server or a command on a loop, ask and return."""
-        if self._pid == os.getpid():
-            with self._change:
-                self._ask_to_end()
-                if not (_on_loop.get() or get_ident() in (self._watcher, *self._workers)):
-                    self._change.wait_for(lambda: self._state != "stopping")
+        """End serve_forever and wait for it; in a thread of this server, or on the loop of its commands, only ask."""
+        threads = self._threads
+        if threads is not None and not self.service.is_forked:
+            threads.shutdown(self.drain if self._close_at_end else 0)
+            if not (threads.is_worker() or get_ident() == self._watcher or self._is_on_loop()):
+                with self._state_changed:
+                    self._state_changed.wait_for(lambda: self._threads is not threads)
 
-    def stop(self) -> None:
+    def stop(self, wait: bool = True) -> None:
         """Take no more requests, let running commands reply, remove the socket file and close.
 
-        From a command, a signal handler, or in the thread that serves, it asks and returns.
+        In a thread of this server, or on the loop of its commands, it asks and returns; so it does
+        everywhere with wait=False, which takes no lock and is what a signal handler calls.
         """
-        if self._pid != os.getpid():
-            self._close_sockets()  # inherited through a fork: file and threads are the parent's
-        elif _in_signal_handler():
-            # What it interrupted may hold any lock, those of threading included; another thread can wait.
-            _thread.start_new_thread(self.stop, ())
-        else:
-            with self._lock:
-                self._close_at_end = True
-                if self._state == "idle":
-                    self._drop_deferred()
-                    self._close()
-            self.shutdown()
+        if self.service.is_forked:
+            return
+        self._close_at_end = True
+        self.remove_file()  # first: newcomers are told at once, and while the socket lives no other file has its inode
+        threads = self._threads
+        if threads is not None:
+            threads.request_shutdown(self.drain) if not wait else self.shutdown()
+        elif self._state == "idle":
+            self.open_replies.drop_all()
+            self._close()
 
     def server_close(self) -> None:
         """Remove the socket file if it is still ours, and close; the same as stop()."""
@@ -2126,13 +2802,7 @@ class _Serving(socketserver.BaseServer):
 
     def _close(self) -> None:
         self._state = "closed"
-        self.remove_file()  # first: while the socket lives no other file has its inode
-        self._close_sockets()
-
-    def _close_sockets(self) -> None:
         self.socket.close()
-        if self._relief is not None:
-            self._relief.close()
 
     def __enter__(self: _S) -> _S:
         return self.start()
@@ -2140,148 +2810,100 @@ class _Serving(socketserver.BaseServer):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # ---- threads
+    async def __aenter__(self: _S) -> _S:
+        """Serve in the background; `async def` commands run on the present loop."""
+        import asyncio
 
-    def _spawn(self, target: Callable[..., None], *arguments: Any) -> bool:
-        """Start a worker; False if there are too many, or no thread can be had."""
-        worker = threading.Thread(target=self._run, args=(target, *arguments), name="mi_datagram worker", daemon=True)
-        with self._lock:
-            if len(self._workers) >= self._max_workers:
-                return False
+        self.service.loop = asyncio.get_running_loop()
+        return self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop, without blocking the loop; a task that is cancelled meanwhile ends when that is done."""
+        import asyncio
+
+        loop, stopped, cancelled = asyncio.get_running_loop(), asyncio.Event(), None
+
+        def stop() -> None:
+            self.stop()
+            loop.call_soon_threadsafe(stopped.set)
+
+        threading.Thread(target=stop, name="mi_datagram stop", daemon=True).start()
+        while not stopped.is_set():
             try:
-                worker.start()
-            except (RuntimeError, MemoryError) as error:
-                self.interface.count("thread_errors")
-                _note(logging.ERROR, "no thread could be started: %a", str(error))
-                return False
-            self._workers.add(worker.ident)
+                await stopped.wait()
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    def _is_on_loop(self) -> bool:
+        loop = self.service.loop or self.interface.loop
+        if loop is not None:
+            import asyncio
+
+            with contextlib.suppress(RuntimeError):
+                return asyncio.get_running_loop() is loop
+        return False
+
+    # ---- processes that are forked
+
+    def fork(self) -> int:
+        """Fork a child that has this server in its turn, as `children_count` does; call it before it serves."""
+        _servers.discard(self)
+        try:
+            return os.fork()
+        finally:
+            _servers.add(self)
+
+    def abandon(self) -> None:
+        """Give up this server in a process that was forked: neither socket nor threads are its own."""
+        self.service.is_forked = True
+        if self._threads is not None:
+            self._threads.abandon()
+            self._poller.close()
+        self.socket.close()
+
+    # ---- for the threads
+
+    def _wake_watcher(self) -> None:
+        if self._threads is not None:
+            self._threads.wake_watcher()
+
+    def yield_lead(self) -> None:
+        """Have another thread receive while this one waits."""
+        if self._threads is not None:
+            self._threads.yield_lead()
+
+    def _run_slow(self, function: Callable[..., object], *arguments: Any) -> bool:
+        if self._threads is not None:
+            return self._threads.run_slow(function, *arguments)
+        function(*arguments)  # the program called handle_request itself
         return True
 
-    def _run(self, target: Callable[..., None], *arguments: Any) -> None:
-        me = get_ident()
-        try:
-            target(*arguments)
-        finally:
-            with self._lock:
-                self._workers.discard(me)
-                if self._leader in (me, 0):  # it died of an error, or it is the thread that was wanting
-                    self._hand_over()
-                self._end_work(me)
+    def _stalled(self) -> None:
+        if self.current is not None and self.current.step is not None:
+            self.current.step.slow = True
 
-    def _work(self) -> None:
-        me = get_ident()
-        while self._take_lead(me):
-            while self._leader == me:
-                try:
-                    request, client_address = self.get_request()
-                except BlockingIOError:
-                    self._poll_socket(me)
-                    continue
-                except OSError as error:
-                    if self._state == "serving":
-                        self.interface.count("receive_errors")
-                        _note(logging.ERROR, "nothing could be received: %a", str(error))
-                        time.sleep(TICK)  # whatever it is, it may last
-                    continue
-                try:
-                    if self.verify_request(request, client_address):
-                        self.process_request(request, client_address)
-                except BaseException:  # one request must not end the others
-                    self.handle_error(request, client_address)
-
-    def _take_lead(self, me: int) -> bool:
-        """Become the leader, now or later; False if this thread, which is done, is not needed any more."""
-        with self._lock:
-            self._end_work(me)
-            if self._leader and self._spares >= self._max_spares:
-                return False
-            self._spares += 1
-            self._vacancy.wait_for(lambda: not self._leader)
-            self._spares -= 1
-            if self._state == "serving":
-                self._leader, self.current = me, None
-            return self._leader == me
-
-    def _hand_over(self, age: float = 0.0) -> None:
-        """Leave the lead to another thread, as the leader is at work, for AGE seconds already; under the lock."""
-        if self._leader and self.current:
-            self._begin_work(self._leader, self.current, age)
-        self._leader = 0
+    def _receive_failed(self, error: OSError) -> None:
         if self._state == "serving":
-            if self._spares:
-                self._vacancy.notify()
-            else:
-                self._spawn(self._work)
+            self.interface.count("receive_errors")
+            if self.interface.log_limit.allows("receive_errors"):
+                _note(logging.ERROR, "nothing could be received: %a", str(error))
+            time.sleep(TICK)  # whatever it is, it may last
 
-    def _make_way(self) -> None:
-        """Have another thread receive while this one waits."""
-        with self._lock:
-            if self._leader == get_ident():
-                self._hand_over()
-
-    def _poll_socket(self, me: int) -> None:
-        """Sleep until there is a datagram, or the end."""
-        with self._lock:
-            if self._leader != me:
-                return
-            self._leader_polls = True
-        self._poll.poll()
-        with self._lock:
-            self._leader_polls = False
-            self.current = None  # what the watcher saw is over: the next request gets a TICK of its own
-            if self._watcher_sleeps:
-                self._watcher_sleeps = False
-                self._change.notify_all()
-
-    def _watch(self, poll_interval: float) -> None:
-        """Hand over for a leader that is in one request for a whole TICK, until the end."""
-        acts = type(self).service_actions is not socketserver.BaseServer.service_actions
-        seen: Any = None
-        ticks = 0  # since anything changed
-        while True:
-            with self._lock:
-                if self._state != "serving":
-                    return
-                self._watcher_sleeps = ticks >= QUIET_TICKS
-                self._change.wait((poll_interval if acts else None) if self._watcher_sleeps else TICK)
-                if self._leader_polls:
-                    self._aside = None
-                now = self.current, self._leader_polls  # both, as a datagram that came has no handler yet
-                if now != seen:
-                    seen, ticks = now, 0
-                elif self._leader and not self._leader_polls:
-                    if self.current and self.current.command:
-                        self.current.command.slow = True
-                    self._hand_over(TICK)
-                else:
-                    ticks += 1
-                    if not self._leader and ticks == QUIET_TICKS:  # no thread could be had, or all are busy
-                        ticks = 0
-                        self._hand_over()
-            if acts and self._state == "serving":
-                self.service_actions()
-
-    def _begin_work(self, owner: Any, handler: Handler, age: float = 0.0) -> None:
-        """Remember that a worker or a Deferred still works on the request of HANDLER."""
-        with self._lock:
-            self._at_work[owner] = handler
-            handler.at_work += 1
-            handler.since = time.monotonic() - age
-            if self._by_datagram.setdefault(handler.key, handler).answered:
-                self._by_datagram[handler.key] = handler
-
-    def _end_work(self, owner: Any) -> None:
-        """Forget it again."""
-        with self._lock:
-            handler = self._at_work.pop(owner, None)
-            if handler is not None:
-                handler.at_work -= 1
-                if not handler.at_work and self._by_datagram.get(handler.key) is handler:
-                    del self._by_datagram[handler.key]
-            if self._state != "serving":  # else only the watcher would be woken, before its TICK is over
-                self._change.notify_all()
+    def _start_failed(self, error: Exception) -> None:
+        self.interface.count("thread_errors")
+        if self.interface.log_limit.allows("thread_errors"):
+            _note(logging.ERROR, "no thread could be started: %a", str(error))
 
     # ---- one datagram
+
+    def _handle(self, item: Any) -> None:
+        try:
+            if self.verify_request(*item):
+                self.process_request(*item)
+        except BaseException:  # one request must not end the others
+            self.handle_error(*item)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Handle the request in the thread that received it."""
@@ -2290,76 +2912,27 @@ class _Serving(socketserver.BaseServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Count and log what the handler raised."""
         self.interface.count("handler_errors")
-        _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
-
-    def _send_reply(self, reply: bytes, address: Any, sock: Socket | None = None) -> None:
-        """Send from the bound socket, or while that is full from the relief; wait only where another thread receives."""
-        sock = sock or self._aside or self.socket
-        try:
-            sock.sendto(reply, MSG_DONTWAIT, address)
-        except (OSError, TypeError) as error:
-            is_full = isinstance(error, BlockingIOError)
-            if is_full and address in self._waiting:  # one reply waits for this client already
-                self._lost(address, error)
-            elif sock is not self.socket:  # a connected client, or one whose queue is full: the usual way
-                self._send_reply(reply, address, self.socket)
-            elif not is_full:
-                self._lost(address, error)
-            elif get_ident() in self._workers or self._state == "idle":
-                self._deliver(reply, address)
-            elif not self._spawn(self._deliver, reply, address):  # a late reply's thread may not wait
-                self._lost(address, error)
-        else:
-            self.service.interface.count_reply()
-
-    def _deliver(self, reply: bytes, address: Any) -> None:
-        """Send a reply that was not taken at once."""
-        try:
-            self._send_patiently(reply, address, self.socket)
-        except OSError as error:
-            self._lost(address, error)
-        else:
-            self.service.interface.count_reply()
-
-    def _send_patiently(self, reply: bytes, address: Any, sock: Socket) -> None:
-        """Send within socket_timeout, one reply a client at a time."""
-        with self._lock:
-            if not self._timeout or address in self._waiting or len(self._waiting) >= (self._max_workers + 1) // 2:
-                raise BlockingIOError(errno.EAGAIN, "too many replies wait")
-            self._waiting.add(address)
-        try:
-            self._make_way()
-            sock.sendto(reply, address)
-        finally:
-            with self._lock:
-                self._waiting.discard(address)
-
-    def _lost(self, address: Any, error: Exception) -> None:
-        if not address:
-            self.interface.count("dropped_unbound")
-            return
-        kind, hint = LOST.get(getattr(error, "errno", 0), ("dropped_errors", ""))
-        self.interface.count(kind)
-        _note(logging.WARNING, "reply to %a dropped: %s%s", address, error, hint and f" ({hint})")
+        if self.interface.log_limit.allows("handler_errors"):
+            _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
 
 
-def _in_signal_handler() -> bool:
-    """Whether this thread runs a signal handler, which must not wait for what it interrupted."""
-    if get_ident() != threading.main_thread().ident:
-        return False
-    for frame, _ in traceback.walk_stack(sys._getframe(1)):
-        below = frame.f_back  # what a handler interrupted: it was given that frame
-        for value in list(frame.f_locals.values()) if below else ():
-            if value is below or (value.__class__ is tuple and any([one is below for one in value])):
-                return True
-    return False
+_S = typing.TypeVar("_S", bound=ServerMixIn)
 
 
-_S = typing.TypeVar("_S", bound=_Serving)
+def _refuse_gevent() -> None:
+    """Raise Error where gevent has replaced the threads that a server needs."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        raise Error("gevent has replaced threading (monkey.patch_all): a server needs real threads")
 
 
-class UDPServer(_Serving, socketserver.ThreadingUDPServer):
-    """Serves an Interface on `udp:HOST:PORT`, IPv4 or IPv6."""
+class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
+    """Serves an Interface on `udp:HOST:PORT`, IPv4 or IPv6.
+
+    A datagram equal to one of the same peer that still runs is a retransmission: counted, and not run again.
+    """
+
+    _source_size = 0  # bytes of what tells the address that was asked, on a wildcard address
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if isinstance(name, str):
@@ -2374,8 +2947,16 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
 
     def _prepare(self) -> None:
         super()._prepare()
-        host = self.server_address[0]
-        if self.service.authorize is None and not (host == "::1" or host.startswith("127.")):  # type: ignore[arg-type]
+        self.reply_to = self._reply_to
+        self._running: dict[Any, Any] = {}  # by (digest, address) of each datagram that runs, whose it is
+        host = str(self.server_address[0])
+        if sys.platform == "linux" and host == "0.0.0.0":
+            self.socket.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+            self._source_size = socket.CMSG_SPACE(12)
+        elif sys.platform == "linux" and host == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
+            self._source_size = socket.CMSG_SPACE(20)
+        if self.service.authorize is None and not (host == "::1" or host.startswith("127.")):
             _note(logging.WARNING, "%s is open to everybody who reaches it: there is no authorize", self.socket_name)
 
     @property
@@ -2384,20 +2965,48 @@ class UDPServer(_Serving, socketserver.ThreadingUDPServer):
         return _udp_name(self.server_address)
 
     def get_request(self) -> Any:
-        """Take a datagram without waiting: (data, socket, None), address."""
-        data, address = self.socket.recvfrom(self._buffer, MSG_DONTWAIT)
-        return (data, self.socket, None), address
+        """Take a datagram without waiting: (data, socket, source of the reply, what a retransmission shares), address."""
+        view, source = self.buffer.view, ()
+        if self._source_size:
+            size, ancillary, _, address = self.socket.recvmsg_into([view], self._source_size, MSG_DONTWAIT)
+            source = _reply_source(ancillary)
+        else:
+            size, address = self.socket.recvfrom_into(view, 0, MSG_DONTWAIT)
+        data = view[:size].tobytes()
+        return (data, self.socket, source, (hash(data), address)), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Handle the request, unless the same of the same peer has been at work for a TICK: one client sends up to three.
-
-        A client that has its reply may ask the same again, so what is answered does not count.
-        """
-        first = self._by_datagram.get((request[0], client_address)) if self._by_datagram else None
-        if first is None or first.answered or time.monotonic() - first.since < TICK:
-            self.finish_request(request, client_address)
-        else:
+        """Handle the request in the thread that received it, unless it is a retransmission."""
+        key = request[3]
+        if self._running.setdefault(key, key) is not key:
             self.interface.count("retransmissions")
+            return
+        try:
+            self.finish_request(request, client_address)
+        finally:
+            if self._running.get(key) is key:
+                self._running.pop(key, None)
+
+    def keep_open(self, request: Any) -> None:
+        self._running[request[3]] = PENDING
+
+    def _reply_to(self, handler: Handler, reply: bytes) -> None:
+        self.forget(handler.request)  # before it is sent: then the client may ask the same again
+        self.outbox.send(handler, reply)
+
+    def forget(self, request: Any) -> None:
+        self._running.pop(request[3], None)
+
+
+def _reply_source(ancillary: Any) -> Any:
+    """Return the ancillary data that have a reply leave from the address that was asked."""
+    for level, kind, value in ancillary:
+        if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):  # struct in_pktinfo: interface, our address, the asked one
+            return [(level, kind, bytes(4) + value[4:8] + bytes(4))]
+        if (level, kind) == (socket.IPPROTO_IPV6, IPV6_PKTINFO):  # struct in6_pktinfo: the asked address, interface
+            is_link_local = value[0] == 0xFE and value[1] & 0xC0 == 0x80
+            return [(level, kind, value if is_link_local else value[:16] + bytes(4))]
+    return ()
 
 
 def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
@@ -2409,7 +3018,7 @@ def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
 
 
 def _unix_family(name: str) -> int:
-    """Give AF_UNIX for the socket NAME; raise SocketError where there is none."""
+    """Return AF_UNIX for the socket NAME; raise SocketError where there is none."""
     if not hasattr(socket, "AF_UNIX"):
         raise SocketError(f"socket_name {name!a}: this system has no UNIX sockets")
     return socket.AF_UNIX
@@ -2421,16 +3030,19 @@ else:
     _UnixBase = socketserver.ThreadingUDPServer  # to be importable; _resolve refuses
 
 
-class UnixServer(_Serving, _UnixBase):
+class UnixServer(ServerMixIn, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
-    _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
+    _file: tuple[str, os.stat_result, int] | None = None  # path and status of the socket file, and the PID that made it
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
             raise _wrong("socket_name", _udp_name(name), "/path or ./path is allowed here")
         _unix_family(name)
         return os.path.abspath(name) if len(os.fsencode(os.path.abspath(name))) <= UNIX_PATH else name
+
+    def _outbox(self, timeout: float, max_waiting: int) -> Outbox:
+        return UnixOutbox(self.interface, timeout, max_waiting, self._run_slow)
 
     @property
     def socket_name(self) -> str:
@@ -2450,12 +3062,10 @@ class UnixServer(_Serving, _UnixBase):
             os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
             self.socket.bind(path)
             status = os.lstat(path)
-        self._file = os.path.abspath(path), status
-        self.remove_file = weakref.finalize(self, _remove_file, *self._file, os.getpid())
+        self._file = os.path.abspath(path), status, os.getpid()
+        weakref.finalize(self, _remove_file, *self._file)
         try:
-            owner = [values["unix_socket_user"], values["unix_socket_group"]]
-            os.chown(path, *[-1 if one is None else one for one in owner], follow_symlinks=False)  # -1: as it is
-            _chmod_socket(path, status, values["unix_socket_mode"])
+            _set_owner_and_mode(path, status, values)
         except OSError as error:
             raise OSError(error.errno, f"owner or mode cannot be set: {error.strerror}") from None
 
@@ -2464,60 +3074,46 @@ class UnixServer(_Serving, _UnixBase):
         if SO_PASSCRED:
             self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
 
+    def remove_file(self) -> None:
+        if self._file is not None and not self.service.is_forked:
+            _remove_file(*self._file)
+
+    def make_peer(self, request: Any, client_address: Any) -> Peer:
+        return Peer(client_address, request[3])
+
     def get_request(self) -> Any:
-        """Take a datagram without waiting: (data, socket, struct ucred of the peer), address."""
-        sock = self.socket
-        data, ancillary, _, address = sock.recvmsg(self._buffer, ANCILLARY, MSG_DONTWAIT)
-        credentials = None
+        """Take a datagram without waiting: (data, socket, (), struct ucred of the peer), address."""
+        sock, view, credentials = self.socket, self.buffer.view, None
+        size, ancillary, _, address = sock.recvmsg_into([view], ANCILLARY, MSG_DONTWAIT)
         for _, kind, value in ancillary:
             if kind == SCM_CREDENTIALS:
                 credentials = value
             elif kind == SCM_RIGHTS:  # which has no room there; should it get in all the same
                 for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
                     os.close(descriptor)
-        return (data, sock, credentials), address
-
-    def _send_patiently(self, reply: bytes, address: Any, sock: Socket) -> None:
-        """Send from a socket of its own: replies that nobody reads are charged to the sender's.
-
-        A client that is connected takes replies from the bound socket only, and has no limit
-        of its own: that ours is full is the only reason to wait for it, which could be forever.
-        """
-        with contextlib.ExitStack() as stack:
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-            self._prepare_to_send(sock)
-            try:
-                sock.sendto(reply, MSG_DONTWAIT, address)
-            except BlockingIOError:
-                super()._send_patiently(reply, address, sock)
-            except PermissionError as error:
-                if error.errno == errno.EPERM:
-                    raise BlockingIOError(errno.EAGAIN, "our send buffer is full") from None
-                raise
-            else:
-                with self._lock:
-                    if self._relief is None:
-                        self._relief = sock
-                        stack.pop_all()  # which leaves it open
-                    if self._state == "serving":  # so there is somebody to end it
-                        self._aside = self._relief
+        return (view[:size].tobytes(), sock, (), credentials), address
 
 
 for _kind in (UDPServer, UnixServer):
-    _kind.__doc__ = "\n    ".join([f"{_kind.__doc__}\n", *[f"{name}: {_meaning(name)}" for name in PARAMETERS]])
+    _kind.__doc__ = "\n    ".join([f"{_kind.__doc__ or ''}\n", *[f"{name}: {_meaning(name)}" for name in PARAMETERS]])
 
 
-def _chmod_socket(path: str, ours: os.stat_result, mode: int) -> None:
-    """Change the mode of the socket file that is ours, not of what somebody put in its place."""
+def _set_owner_and_mode(path: str, ours: os.stat_result, values: Mapping[str, Any]) -> None:
+    """Set them on the socket file that is ours, not on what somebody put in its place."""
+    owner = [values["unix_socket_user"], values["unix_socket_group"]]
     if not (hasattr(os, "O_PATH") and os.path.exists("/proc/self/fd")):  # in a chroot it need not be there
-        os.chmod(path, mode)
+        if owner != [None, None]:
+            raise OSError(errno.ENOTSUP, "this needs O_PATH and /proc")
+        os.chmod(path, values["unix_socket_mode"])
         return
     descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
         if not (os.path.samestat(status, ours) and stat.S_ISSOCK(status.st_mode)):
             raise OSError(errno.EEXIST, "somebody else put another file there")
-        os.chmod(f"/proc/self/fd/{descriptor}", mode)
+        file = f"/proc/self/fd/{descriptor}"
+        os.chown(file, *[-1 if one is None else one for one in owner])  # -1: as it is
+        os.chmod(file, values["unix_socket_mode"])
     finally:
         os.close(descriptor)
 
@@ -2776,8 +3372,8 @@ def print_error(text: str, prefix: str = "mi_datagram: ") -> None:
 # ------------------------------------------------------------------ systemd ----
 
 
-def _passed_socket() -> socket.socket | None:
-    """Give the socket that systemd opened for this process (sd_listen_fds), if any."""
+def activated_socket() -> socket.socket | None:
+    """Return the socket that systemd opened for this process (sd_listen_fds), if any."""
     if os.environ.pop("LISTEN_PID", None) != str(os.getpid()):
         return None
     count = os.environ.pop("LISTEN_FDS", "0")
@@ -2785,14 +3381,13 @@ def _passed_socket() -> socket.socket | None:
         raise ParameterError(f"LISTEN_FDS {count!a}: one socket is allowed")
     try:
         os.set_inheritable(3, False)
-        passed = socket.socket(fileno=3)
+        sock = socket.socket(fileno=3)
     except OSError as error:
         raise ParameterError(f"LISTEN_FDS: descriptor 3 is no socket: {error.strerror}") from None
-    if isinstance(passed.getsockname(), bytes):
-        raise ParameterError("the socket passed in LISTEN_FDS has an abstract name: a path or UDP is allowed")
-    if passed.type != socket.SOCK_DGRAM:
-        raise ParameterError("the socket passed in LISTEN_FDS is none for datagrams (ListenDatagram=)")
-    return passed
+    families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+    if sock.type != socket.SOCK_DGRAM or sock.family not in families or isinstance(sock.getsockname(), bytes):
+        raise ParameterError("LISTEN_FDS: only ListenDatagram= with a path or a UDP address is allowed")
+    return sock
 
 
 def _tell_systemd(state: str) -> None:
@@ -2805,8 +3400,8 @@ def _tell_systemd(state: str) -> None:
 
 # ------------------------------------------------------------------ signals ----
 
-ENDING = (signal.SIGTERM, signal.SIGINT)
-SIGNALS = [*ENDING, *[getattr(signal, name) for name in ("SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, name)]]
+TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = [*TERMINATION_SIGNALS, *[getattr(signal, n) for n in ("SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, n)]]
 
 
 @contextlib.contextmanager
@@ -2820,38 +3415,152 @@ def _holding_signals() -> typing.Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _take_signals() -> typing.Iterator[int]:
-    """Take the signals of this process; give them out of a pipe, so that one just before the wait is not missed."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    for number in SIGNALS:
-        if not (number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN):  # a script's `... &`
-            signal.signal(number, lambda *_: None)
-    # Of several at once the end first: a SIGCHLD overtakes the SIGTERM to the group that the child died of.
-    chunks = iter(lambda: sorted(os.read(reading, 64), key=lambda number: number not in ENDING), None)
-    return itertools.chain.from_iterable(chunks)
+class Signals:
+    """The signals of this process, read from a pipe, so that one that comes just before the wait is not missed.
+
+    A process that a command forks has neither the pipe nor our handlers; signals to it wait until that is so.
+    """
+
+    def __init__(self) -> None:
+        self.private: list[int] = []  # descriptors that a forked process closes
+        self._masks: dict[int, set[int]] = {}  # of the threads that are about to fork
+        self.take_over()
+        os.register_at_fork(before=self._hold, after_in_parent=self._release, after_in_child=self._give_back)
+
+    def take_over(self) -> None:
+        """Have the signals of this process come here, as `numbers`."""
+        reading, writing = os.pipe()
+        self.private += (reading, writing)
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if not (number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN):  # a script's `... &`
+                signal.signal(number, self._ignore)
+        # Deliver termination signals first: a SIGCHLD overtakes the SIGTERM to the group that the child died of.
+        chunks = iter(lambda: sorted(os.read(reading, 64), key=lambda number: number not in TERMINATION_SIGNALS), None)
+        self.numbers = itertools.chain.from_iterable(chunks)
+
+    def _ignore(self, number: int, frame: object) -> None: ...
+
+    def _hold(self) -> None:
+        self._masks[get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _release(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(get_ident()))
+
+    def _give_back(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            if signal.getsignal(number) == self._ignore:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        while self.private:
+            os.close(self.private.pop())
+        self._release()
 
 
-def _wait_until_told(signals: typing.Iterator[int], on_other: Callable[[int], object] = lambda number: False) -> bool:
-    """Serve until SIGTERM or SIGINT, or until ON_OTHER says of another signal that this is the end: False then."""
+def wait_for_termination(signals: Signals, on_other: Callable[[int], object] = lambda number: False) -> bool:
+    """Serve until SIGTERM or SIGINT, or until ON_OTHER returns true for another signal: return False then."""
     _tell_systemd("READY=1")
-    for number in signals:
-        if number in ENDING or on_other(number):
+    for number in signals.numbers:
+        if number in TERMINATION_SIGNALS or on_other(number):
             break
     _tell_systemd("STOPPING=1")
-    return number in ENDING
+    return number in TERMINATION_SIGNALS
+
+
+# ---------------------------------------------------------------------- log ----
+
+STDERR = 2  # the descriptor: a thread that waits in sys.stderr would hold its lock
+LOG_QUEUE, AUDIT_QUEUE = 1000, 5000  # lines that may wait for stderr; beyond, they are lost, those of the audit last
+LOG_BATCH, LOG_PAUSE = 100, 0.01  # lines written at once; s of pause after fewer, as waking a thread costs more
+LOG_DEADLINE = 1.0  # s that the end waits for lines not written yet
+
+
+class LogWriter(logging.Handler):
+    """Writes the log from a thread of its own, so that a stderr that is slow, or that nobody reads, delays nobody.
+
+    Lines that find the queue full, or that stderr refuses, are lost; the next line says how many.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Write from a thread of this process; one that a command forks writes without."""
+        self.process = os.getpid()
+        self.waiting: collections.deque[logging.LogRecord | str] = collections.deque()
+        self.wake = threading.Event()
+        self.lost = Counter()
+        self.is_running = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record; the thread formats those of the audit, which are frequent and never change."""
+        is_audit = record.name == audit.name
+        if self.process != os.getpid():
+            self.write(self.text(record))
+        elif len(self.waiting) >= (AUDIT_QUEUE if is_audit else LOG_QUEUE):
+            self.lost.add()
+        else:
+            self.waiting.append(record if is_audit else self.text(record))
+            self.wake.set()
+            if not self.is_running:
+                with contextlib.suppress(RuntimeError):  # no thread can be had: the next line tries again
+                    threading.Thread(target=self.run, name="mi_datagram log", daemon=True).start()
+                    self.is_running = True
+
+    def text(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record) + "\n"
+        except Exception as error:
+            return f"{record.name}: {record.msg!a} cannot be formatted: {error!a}\n"
+
+    def run(self) -> None:
+        told = 0
+        while self.wake.wait():
+            self.wake.clear()
+            while self.waiting:
+                batch = [self.waiting[i] for i in range(min(len(self.waiting), LOG_BATCH))]
+                lost = self.lost()
+                text = f"mi_datagram: {lost - told} log lines were lost\n" if lost > told else ""
+                if self.write(text + "".join([line if isinstance(line, str) else self.text(line) for line in batch])):
+                    told = lost
+                else:
+                    self.lost.add(len(batch))
+                for _ in batch:
+                    self.waiting.popleft()
+                if len(batch) < LOG_BATCH:
+                    time.sleep(LOG_PAUSE)
+
+    def write(self, text: str) -> bool:
+        """Write to stderr, however long that takes; return False if it refuses."""
+        data = text.encode(errors="backslashreplace")
+        with contextlib.suppress(OSError):
+            while data:
+                select.select([], [STDERR], [])  # whoever started us may have set it not to block
+                data = data[os.write(STDERR, data) :]
+        return not data
+
+    def flush(self) -> None:
+        """Wait until all is written, for LOG_DEADLINE at most."""
+        end = time.monotonic() + LOG_DEADLINE
+        while self.waiting and self.process == os.getpid() and time.monotonic() < end:
+            time.sleep(LOG_PAUSE / 4)
 
 
 # ----------------------------------------------------------------- children ----
 
+RESPAWN_PAUSES = 0.1, 5.0  # s, the first and the longest, before a child that died within a second is replaced
+
 
 class _SharedCounter(Counter):
-    """Counts in the cell OWN of COLUMN, which has one for each child; the last is for resets."""
+    """Counts in the cell OWN of COLUMN, which has one for each child and a last one for resets."""
 
     def __init__(self, column: Any, own: int) -> None:
         self._column, self._own = column, own
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self.add_one = self.add
 
     def add(self, amount: int = 1) -> None:
         with self._lock:
@@ -2864,94 +3573,112 @@ class _SharedCounter(Counter):
         return int(sum(self._column))
 
 
-class _Children:
+@dataclasses.dataclass
+class _Child:
+    index: int
+    pid: int = 0  # 0: it is dead, or not there yet
+    started: float = 0.0
+    due: float = 0.0  # to start again
+    pause: float = 0.0  # before that
+
+
+class Supervisor:
     """The parent of `children_count` processes that serve one socket.
 
     The parent forks them before any thread starts, supervises, and serves nothing. What they share
     is a table with a row for each child, and one for all; its columns are the counters, the PID of
     the child that serves, and the log level that `debug` set.
 
-    They share the socket too, over UDP as well. With one SO_REUSEPORT socket each, throughput is
-    the same, but the kernel deals out the peers: those of a child that computes wait for it
-    (measured: p99 20 to 30 ms, 2 ms with one socket), and a child that dies takes its queue along.
+    They share the socket too. With one SO_REUSEPORT socket each, throughput over UDP is the same, but
+    the peers of a child that computes wait for it (measured: p99 20 to 30 ms, 2 ms with one socket).
     """
 
-    def __init__(self, server: UnixServer | UDPServer, count: int) -> None:
+    def __init__(self, server: UnixServer | UDPServer, count: int, signals: Signals, log_writer: LogWriter) -> None:
         import mmap
+        import warnings
 
-        self.server = server
-        self.count = count
+        self.server, self.signals, self.log_writer = server, signals, log_writer
         self.parent = os.getpid()
-        self.pids: dict[int, int] = {}  # of the children that there are, by their index
+        self.children = [_Child(index) for index in range(count)]
         width = len(COUNTERS) + len(FAULTS) + 2
         cells = memoryview(mmap.mmap(-1, 8 * width * (count + 1))).cast("q")
         *self.counters, self.serving, self.level = [cells[column::width] for column in range(width)]
-        self.lifeline = os.pipe()  # its write end closes when the parent is gone
+        self.lifeline, held_open = os.pipe()  # it ends with the parent, which alone holds it open
+        signals.private.append(held_open)
         server.interface.processes = self.processes
         server.interface.level_changed = self.spread_level
+        warnings.filterwarnings("ignore", ".*use of fork")  # a child needs nothing that the thread of our log may hold
 
     def processes(self) -> list[tuple[int, str]]:
-        children = [(pid, f"MI datagram child={i}") for i, pid in enumerate(self.serving[:-1])]
+        children = [(pid, f"MI datagram child={i}") for i, pid in enumerate(self.serving[:-1]) if pid]
         return [(self.parent, "attendant"), *children]
 
-    def run(self, signals: typing.Iterator[int]) -> int:
-        """Fork the children, replace those that die, end with them; give the exit status."""
-        self.look_after()
-        is_told = _wait_until_told(signals, self.look_after)
+    def run(self) -> int:
+        """Fork the children, replace those that die, end with them; return the exit status."""
+        self.supervise()
+        is_told = wait_for_termination(self.signals, self.supervise)
         self.kill(signal.SIGTERM)
-        signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + 0.5)
-        while self.pids:
-            if next(signals) in (*ENDING, signal.SIGALRM):  # asked again, or they had their time
+        signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + LOG_DEADLINE + 0.5)
+        while any([child.pid for child in self.children]):
+            number = next(self.signals.numbers)
+            if number in (*TERMINATION_SIGNALS, signal.SIGALRM):  # told again, or they had their time
                 self.kill(signal.SIGKILL)
             self.reap()
         self.server.stop()
         return 0 if is_told else 1
 
-    def look_after(self, number: int = 0) -> bool:
-        """Pass on a SIGHUP, and start the children that are missing; True if one ended before it could serve."""
+    def supervise(self, number: int = 0) -> bool:
+        """Pass on a SIGHUP, and start the children that are missing; return True if one ended before it served."""
         if number == signal.SIGHUP:
             self.kill(signal.SIGHUP)
-        for index, pid, how in self.reap():
-            if self.serving[index] != pid:
-                print_error(f"child {index} ended before it could serve (wait status {how})")
+        now = time.monotonic()
+        for child, pid, how in self.reap():
+            if self.serving[child.index] != pid:
+                log.error("child %d ended before it could serve (wait status %d)", child.index, how)
                 return True
-            self.serving[index] = 0
-            log.warning("child %d, PID %d, died (wait status %d): another takes its place", index, pid, how)
-        for index in sorted({*range(self.count)} - self.pids.keys()):
-            try:
-                self.fork(index)
-            except OSError as error:
-                log.error("child %d cannot be started: %s", index, error.strerror)
-                signal.setitimer(signal.ITIMER_REAL, 1)  # to look again then
+            self.serving[child.index] = 0
+            log.warning("child %d, PID %d, died (wait status %d): another takes its place", child.index, pid, how)
+            is_young = now < child.started + 1
+            child.pause = min(max(2 * child.pause, RESPAWN_PAUSES[0]), RESPAWN_PAUSES[1]) if is_young else 0
+            child.due = now + child.pause
+        for child in self.children:
+            if not child.pid and child.due <= now:
+                self.fork(child)
+        pauses = [max(child.due - now, 0.001) for child in self.children if not child.pid]
+        signal.setitimer(signal.ITIMER_REAL, min(pauses, default=0))
         return False
 
-    def reap(self) -> list[tuple[int, int, int]]:
-        """List index, PID and wait status of the children that ended."""
-        waited = [(index, *os.waitpid(pid, os.WNOHANG)) for index, pid in self.pids.items()]
-        ended = [(index, pid, how) for index, pid, how in waited if pid]
-        for index, _, _ in ended:
-            del self.pids[index]
+    def reap(self) -> list[tuple[_Child, int, int]]:
+        """List the children that ended, with PID and wait status."""
+        waited = [(child, *os.waitpid(child.pid, os.WNOHANG)) for child in self.children if child.pid]
+        ended = [(child, pid, how) for child, pid, how in waited if pid]
+        for child, _, _ in ended:
+            child.pid = 0
         return ended
 
-    def fork(self, index: int) -> None:
-        with _holding_signals():  # none gets to the child before it has a pipe of its own
-            pid = os.fork()
-            if not pid:
-                self.child(index)
-            self.pids[index] = pid
+    def fork(self, child: _Child) -> None:
+        child.started = time.monotonic()
+        try:
+            with _holding_signals():  # none gets to the child before it has a pipe of its own
+                child.pid = self.server.fork()
+                if not child.pid:
+                    self.serve(child.index)
+        except OSError as error:
+            log.error("child %d cannot be started: %s", child.index, error.strerror)
+            child.due = child.started + 1
 
-    def child(self, index: int) -> typing.NoReturn:
-        """Serve until the parent says so or is gone."""
+    def serve(self, index: int) -> typing.NoReturn:
+        """Serve as a child until the parent says so or is gone."""
         status = 1
         try:
             os.environ.pop("NOTIFY_SOCKET", None)  # the parent tells
-            os.close(self.lifeline[1])
-            signals = _take_signals()
+            self.log_writer.take_over()
+            self.signals.take_over()
+            self.signals.private.append(self.lifeline)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # before threads, and what they run, inherit it
             self.take_level()
             counters = iter(self.counters)
             self.server.interface.use_counters(lambda: _SharedCounter(next(counters), index))
-            self.server._pid = os.getpid()  # to serve here; the file stays the parent's
             threading.Thread(target=self.watch_parent, name="mi_datagram lifeline", daemon=True).start()
             self.serving[index] = os.getpid()  # before its first reply, as it may be killed right after
             try:
@@ -2959,26 +3686,28 @@ class _Children:
             except BaseException:
                 self.serving[index] = 0
                 raise
-            _wait_until_told(signals, self.take_level)
-            self.server.stop()  # told again, as by the parent and a process group, it goes on; the parent can SIGKILL
+            wait_for_termination(self.signals, self.take_level)
+            self.server.stop()  # further SIGTERMs, to the process group for one, are ignored; the parent can SIGKILL
             status = 0
         except BaseException as error:
             _note(logging.ERROR, "child %d failed", index, error=error)
         finally:
+            self.log_writer.flush()
             os._exit(status)
 
     def watch_parent(self) -> None:
         """End this child when the parent is gone, and remove the socket file in its stead."""
-        os.read(self.lifeline[0], 1)
+        os.read(self.lifeline, 1)
         log.error("the parent process is gone: ending")
         if isinstance(self.server, UnixServer) and self.server._file:
-            _remove_file(*self.server._file, os.getpid())
+            _remove_file(*self.server._file[:2], os.getpid())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
+        self.log_writer.flush()
         os._exit(1)
 
     def kill(self, number: int) -> None:
-        for pid in self.pids.values():
+        for pid in [child.pid for child in self.children if child.pid]:
             os.kill(pid, number)
 
     def spread_level(self, level: int) -> None:
@@ -3004,10 +3733,9 @@ _MODPARAM = r"""/\*.*?(?:\*/|\Z) | //[^\n]* | \#(?!!if)[^\n]*
 
 
 def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
-    """List the (name, value) pairs of the `modparam("mi_datagram", …)` lines in a configuration file.
+    """List the (name, value) pairs of the `modparam("mi_datagram", …)` lines in the text of FILE.
 
-    FILE is its name for messages. Parameters of the original that have no meaning here are
-    skipped with a warning; raises ParameterError for a value that is no literal.
+    An unknown parameter is skipped with a warning; raises ParameterError for a value that is no literal.
     """
     pairs: list[tuple[str, Any]] = []
     matches = list(re.finditer(_MODPARAM, text, re.VERBOSE | re.DOTALL))
@@ -3412,10 +4140,10 @@ def _load(what: str) -> Interface:
     raise ParameterError(f"load {what!a}: {why}")
 
 
-def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, typing.Iterator[int], int]:
+def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, Signals, int]:
     """Give the server, the signals that come, and the number of children."""
     given = _collect(options.settings)
-    listening = _passed_socket()
+    listening = activated_socket()
     if listening is not None:
         address = listening.getsockname()
         given["socket_name"] = address if listening.family == socket.AF_UNIX else _udp_name(address)
@@ -3436,25 +4164,26 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, t
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
     with _holding_signals():  # until there is somebody to remove the file
         server = interface.server(name, authorize=authorize, listening=listening, **parameters)
-        signals = _take_signals()
+        signals = Signals()
     if is_default:
         print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
     print_error(f"listening on {server.socket_name}")
     return server, signals, children_count
 
 
-def _serve(server: UnixServer | UDPServer, signals: typing.Iterator[int], children_count: int) -> int:
-    """Serve until SIGTERM, Ctrl-C or `kill`; give the exit status."""
+def _serve(server: UnixServer | UDPServer, signals: Signals, children_count: int, log_writer: LogWriter) -> int:
+    """Serve until SIGTERM, Ctrl-C or `kill`; return the exit status."""
     if children_count > 1:
-        return _Children(server, children_count).run(signals)
+        return Supervisor(server, children_count, signals, log_writer).run()
 
     def end_at_once_if_told_again() -> None:
-        if any(number in ENDING for number in signals):
+        if any(number in TERMINATION_SIGNALS for number in signals.numbers):
             server.remove_file()
+            log_writer.flush()
             os._exit(1)
 
     server.start()
-    _wait_until_told(signals)
+    wait_for_termination(signals)
     threading.Thread(target=end_at_once_if_told_again, daemon=True).start()
     server.stop()
     return 0
@@ -3471,9 +4200,10 @@ def main(arguments: list[str] | None = None) -> int:
             console = _Console(options)
             return _Shell(console).run() if command == "shell" else console.run(options.words, options.json)
         level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
-        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        log_writer = LogWriter()
+        logging.basicConfig(level=level, handlers=[log_writer])
         audit.setLevel(logging.INFO)
-        status = _serve(*_make_server(options))
+        status = _serve(*_make_server(options), log_writer)
         for number in SIGNALS:  # one that comes while the interpreter ends is not to kill it
             signal.signal(number, signal.SIG_IGN)
         return status
