@@ -710,7 +710,8 @@ class Command:
         self._signature = inspect.signature(function)
         parameters = [*self._signature.parameters.values()]
         self._by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self.parameters = parameters[int(pass_request) :]  # those that a peer may give
+        self._first = int(pass_request)  # how many of the values by position are ours
+        self.parameters = parameters[self._first :]
         self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
         self._plan = functools.lru_cache(maxsize=16)(self._plan_call)  # of the last shapes: no peer fills the memory
         self.ready: dict[str, set[int]] = {"line": set(), "json": set()}  # numbers of values that need no bind()
@@ -733,7 +734,7 @@ class Command:
         # one that is for **names for the parameter by position alone that is called so.
         named = {name if name in self._by_name else f"*{name}": name for name in names}
         try:
-            bound = self._signature.bind(*range(-self.pass_request, count), **named).arguments
+            bound = self._signature.bind(*range(-self._first, count), **named).arguments
         except TypeError:
             reason = "Named parameters do not match" if names else "Too few or too many parameters"
             raise _Fault("bad_arguments", reason) from None
@@ -1611,7 +1612,7 @@ CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
     "uptime": ("core:uptime", {"core.uptime": ("uptime", lambda one: {  # Now:: date, Up since:: date, Up time:: 7 [sec]
         "now": one["Now"], "up_since": one["Up since"], "uptime": int(one["Up time"].split()[0])})}),
     "version": ("core:version", {"core.version": ("version", lambda one: one["Server"])}),  # Server:: name (version)
-    "which": ("core:which", {"system.listMethods": ("list_methods", list)}),  # a name a line, or lists of parameters
+    "which": ("core:which", {"system.listMethods": ("list_methods", list)}),  # a name or a call a line | lists of names
 }  # fmt: skip
 CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
 CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
@@ -1680,19 +1681,16 @@ class _Core:
         return nodes
 
     def which(self, request: Request, command: str | None = None) -> Any:
-        """List the commands, those of a group (`GROUP:`), or the lists of parameters to give COMMAND by name."""
-        names = self._interface.names(request.dialect)
+        """List the commands, those of a group (`GROUP:`), or the ways to call COMMAND by names of parameters."""
+        is_json, names = request.dialect == "json", self._interface.names(request.dialect)
         if command is None:
             return sorted(names)
         if command.endswith(":"):
-            is_json = request.dialect == "json"
             group = [name for name, one in names.items() if (name if is_json else one.name).startswith(command)]
             if group:
                 return sorted(group)
         calls = self._find(command, request.dialect).overloads()
-        return (
-            calls if request.dialect == "json" else ["".join([command, *[f" {n}::" for n in call]]) for call in calls]
-        )
+        return calls if is_json else [" ".join([command, *[f"{name}::" for name in call]]) for call in calls]
 
     def help(self, request: Request, command: str | None = None, *, mi_cmd: str | None = None) -> Any:
         """Say what each command does, or how to call COMMAND; OpenSIPS's clients call the parameter mi_cmd."""
