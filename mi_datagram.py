@@ -3125,9 +3125,9 @@ class Client:
     def __init__(
         self, socket_name: str | os.PathLike[str], timeout: int = SOCKET_TIMEOUT, reply_dir: str | None = None
     ) -> None:
-        self.socket_name = os.fspath(socket_name) if isinstance(socket_name, os.PathLike) else socket_name
+        self._address = parse_socket_name(socket_name)
+        self.socket_name = os.fspath(socket_name)
         self.timeout = _number("timeout", timeout, 1, 2**31 - 1)
-        self._address = parse_socket_name(self.socket_name)
         self._reply_dir = reply_dir
         self._socket: socket.socket | None = None
         self._pid = 0  # of the process that made the socket
@@ -3933,7 +3933,8 @@ USAGES = {
         Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.
         --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
     "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
-        Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.""",
+        Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.
+        A VALUE stands by position, NAME::VALUE by name; one with :: in it is written ::VALUE.""",
     "shell": """shell [-s NAME]... [--json] [--timeout MS]
         Run commands of a server as they are typed; `help` lists them, `exit` ends.""",
 }
@@ -3970,8 +3971,7 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"mi_datagram {__version__}")
     (_add_asking if command else _add_serving)(parser.add_argument)
-    what = "by position, by name, by position with :: in it" if command == "call" else argparse.SUPPRESS
-    parser.add_argument("words", nargs="*", metavar="COMMAND [VALUE | NAME::VALUE | ::VALUE]...", help=what)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     words = list(arguments)
     for index in range(words.index("--") if "--" in words else len(words)):
         words[index] = re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), words[index])

@@ -3156,7 +3156,7 @@ def test_client_of_a_link_local_address():
         pytest.skip("no interface here has a link-local address")
     (address, device), *_ = local
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as server:
-        server.bind((address, 0, 0, socket.if_nametoindex(device)))
+        server.bind(socket.getaddrinfo(f"{address}%{device}", 0, type=socket.SOCK_DGRAM)[0][4])
         in_thread(lambda: server.sendto(b"200 OK\nhere\n", server.recvfrom(100)[1]))
         with Client(f"udp:[{address}%{device}]:{server.getsockname()[1]}") as client:
             assert client.call("x").nodes == [Node(None, "here")]
@@ -3932,6 +3932,7 @@ def test_shell_through_a_pipe(ops, lines, stdout, status):
     assert (done.stdout, done.returncode, bool(done.stderr)) == (stdout, status, status > 0)
 
 
+@pytest.mark.skipif(sys.implementation.name == "pypy", reason="its readline completes otherwise")
 def test_shell_in_a_terminal(folder, ops):
     """`shell` prompts, completes, says OK for nothing, knows what earlier ones were told, and drops a line at Ctrl-C."""
     typed = [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n"), ("", "> "),
