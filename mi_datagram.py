@@ -2805,7 +2805,8 @@ else:
 class UnixServer(ServerMixIn, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
-    _file: tuple[str, os.stat_result, int] | None = None  # path and status of the socket file, and the PID that made it
+    _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
+    _remover: Callable[[], object] = staticmethod(lambda: None)  # once: the next file may have the same inode
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
@@ -2834,8 +2835,8 @@ class UnixServer(ServerMixIn, _UnixBase):
             os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
             self.socket.bind(path)
             status = os.lstat(path)
-        self._file = os.path.abspath(path), status, os.getpid()
-        weakref.finalize(self, _remove_file, *self._file)
+        self._file = os.path.abspath(path), status
+        self._remover = weakref.finalize(self, _remove_file, *self._file, os.getpid())
         try:
             _set_owner_and_mode(path, status, values)
         except OSError as error:
@@ -2847,8 +2848,7 @@ class UnixServer(ServerMixIn, _UnixBase):
             self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
 
     def remove_file(self) -> None:
-        if self._file is not None and not self.service.is_forked:
-            _remove_file(*self._file)
+        self._remover()
 
     def make_peer(self, request: Any, client_address: Any) -> Peer:
         return Peer(client_address, request[3])
@@ -3167,6 +3167,8 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(get_ident()))
 
     def _give_back(self) -> None:
+        if sys.implementation.name == "pypy":  # to it the thread that forked is not the main thread
+            __import__("__pypy__").thread.signals_enabled.__enter__()
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             if signal.getsignal(number) == self._ignore:
@@ -3416,7 +3418,7 @@ class Supervisor:
         os.read(self.lifeline, 1)
         log.error("the parent process is gone: ending")
         if isinstance(self.server, UnixServer) and self.server._file:
-            _remove_file(*self.server._file[:2], os.getpid())
+            _remove_file(*self.server._file, os.getpid())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
         self.log_writer.flush()
