@@ -63,6 +63,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
 
+    from typing_extensions import Unpack
+
 __all__ = [
     "Client", "CommandError", "Counter", "Deferred", "Error", "Handler", "Interface", "NoAnswer", "Node",
     "ParameterError", "Peer", "Reply", "Request", "RequestError", "SocketError", "UDPServer", "UnixServer",
@@ -145,6 +147,7 @@ FAULTS = {
     "parse_errors": (400, "parse error in command", -32700, "Parse error"),
     "invalid_requests": (500, "command not available", -32600, "Invalid Request"),
     "unknown_commands": (500, "command not available", -32601, "Method not found"),
+    "ambiguous_commands": (500, "command not available", -32001, "Method ambiguous"),
     "bad_arguments": (400, "Too few or too many arguments", -32602, "Invalid params"),
     "bad_parameters": (400, "Bad parameter", -32602, "Invalid params"),
     "failed_commands": (500, "command failed", -32000, "Server error"),
@@ -325,6 +328,8 @@ class Request:
 
 def _udp_name(address: Any) -> str:
     host, port = address[:2]
+    if len(address) > 3 and address[3] and "%" not in host:
+        host = f"{host}%{address[3]}"  # the scope of a link-local address
     return f"udp:[{host}]:{port}" if ":" in host else f"udp:{host}:{port}"
 
 
@@ -363,6 +368,7 @@ _ARGUMENT = re.compile(r'([^"\n]*)(?:("[^"]*(?:(?<=\\)"[^"]*)*)("?)([^\n]*))?(?:
 def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
     """Read the (name, value) pairs behind the first line of COMMAND."""
     arguments = []
+    piece = ("", "", "", "")
     pieces = _ARGUMENT.findall(text) if '"' in text else [(line, "", "", "") for line in text.split("\n")]
     try:
         for piece in pieces:
@@ -386,8 +392,8 @@ def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
                 raise RequestError("neither name nor value", 0)
     except RequestError as error:
         # An equal piece before this one would have failed first, so index() finds this one.
-        pieces[pieces.index(piece) :] = ["".join(piece)[: error.position]]
-        position = len("\n".join([f":{command}:", *map("".join, pieces)]).encode("utf-8", "surrogateescape"))
+        before = [*map("".join, pieces[: pieces.index(piece)]), "".join(piece)[: error.position]]
+        position = len("\n".join([f":{command}:", *before]).encode("utf-8", "surrogateescape"))
         raise RequestError(error.reason, position) from None
     return arguments
 
@@ -404,13 +410,13 @@ def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> by
     if not command or ":" in command or "\n" in command:
         raise RequestError(f"command {command!a} cannot be written")
     lines = [f":{command}:\n", *[_format_argument(name, _text(value)) for name, value in arguments]]
-    _check_encodes(command)
+    _check_text(command)
     return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 def _format_argument(name: str, value: str) -> str:
-    _check_encodes(name)
-    _check_encodes(value)
+    _check_text(name)
+    _check_text(value)
     if name != name.strip(WHITE) or name.endswith(":") or any([mark in name for mark in ("::", '"', "\n")]):
         raise RequestError(f"name {name!a} cannot be written")
     if value and value == value.strip(WHITE) and '"' not in value and "\n" not in value:
@@ -421,38 +427,59 @@ def _format_argument(name: str, value: str) -> str:
     return f"{name}::{quoted}\n" if name else f"{quoted}\n"
 
 
-def _check_encodes(text: str) -> None:
-    """Refuse what would come back as something else: lone surrogates stand for bytes that are no UTF-8."""
+def _has_bytes(text: str) -> bool:
+    """Whether the bytes of TEXT give it back: a surrogate can only stand for a byte that is no UTF-8."""
     with contextlib.suppress(UnicodeEncodeError):
-        if text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == text:
-            return
-    raise RequestError(f"{text!a} has surrogates that do not come back")
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == text
+    return False
+
+
+def _check_text(text: str) -> None:
+    if not _has_bytes(text):
+        raise RequestError(f"{text!a} has surrogates that do not come back")
+
+
+_SCALARS = (str, int, float, bool, type(None))  # as most values are
 
 
 def _text(value: object) -> str:
-    """Write a scalar as the line dialect has it."""
+    """Write a scalar as the line dialect has it; of a number or text of a derived class what JSON would show."""
     if value is None:
         return ""
     if value.__class__ is bool:
         return "true" if value else "false"
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float):
+        return float.__repr__(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value).decode("utf-8", "surrogateescape")
     return str(value)
 
 
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
 @functools.lru_cache(maxsize=64)
-def _container(kind: type) -> type[Any] | None:
-    """Return dict for a class of mappings, list for one of sequences, None for one of scalars."""
-    if issubclass(kind, (bytes, bytearray, str)):
+def _container(kind: type) -> Callable[[Any], Any] | None:
+    """Return what makes a dict or a list of an object of class KIND; None where it is a scalar or a Node."""
+    if issubclass(kind, (str, bytes, bytearray, memoryview, Node)):
         return None
-    return dict if issubclass(kind, Mapping) else list if issubclass(kind, Sequence) else None
+    if issubclass(kind, Mapping):
+        return dict
+    if dataclasses.is_dataclass(kind):
+        return _fields
+    return list if issubclass(kind, Iterable) else None
 
 
 def format_reply(reply: Any = None, indent: str = "\t") -> bytes:
     """Write what a command returned as a reply of the line dialect.
 
-    None is `200 OK` alone, a scalar one value, a mapping named nodes, a sequence unnamed ones;
-    a Reply brings its own code and reason. INDENT is one level of the tree.
+    None is `200 OK` alone, a mapping or a dataclass named nodes, any other iterable unnamed ones,
+    and everything else one value; a Reply brings its own code and reason. INDENT is one level of the tree.
     """
     lines = ["200 OK\n"]
     if isinstance(reply, Reply):
@@ -469,10 +496,10 @@ def _format_nodes(data: Any, depth: str, indent: str, lines: list[str]) -> None:
     """Append the lines of DATA, each with its line break."""
     if data is None:
         return
-    if data.__class__ is dict or _container(data.__class__) is dict:
-        pairs = data.items()
-    else:
-        pairs = [("", value) for value in (data if _container(data.__class__) else [data])]
+    if data.__class__ is not dict:
+        convert = _container(data.__class__)
+        data = convert(data) if convert else [data]
+    pairs = data.items() if isinstance(data, dict) else [("", value) for value in data]
     for name, value in pairs:
         if value.__class__ is str and name.__class__ is str and name:
             lines.append(f"{depth}{name}:: {value}\n")
@@ -484,7 +511,7 @@ def _format_nodes(data: Any, depth: str, indent: str, lines: list[str]) -> None:
             name = name or value.name or ""
             attributes = "".join([f" {key}={_text(one)}" for key, one in value.attributes.items()])
             value, below = value.value, [value.children]
-        if _container(value.__class__):
+        if value.__class__ not in _SCALARS and _container(value.__class__):
             value, below = None, [value, *below]
         label = f"{name}:: " if name else ""
         lines.append(f"{depth}{label}{_text(value)}{attributes}\n")
@@ -536,13 +563,11 @@ def _check_nesting(data: bytes) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return json what it does not know by itself: our nodes, and other mappings and sequences."""
+    """Convert what json does not know by itself, as the line dialect does."""
     if isinstance(value, Node):
         return value.data()
-    container = _container(value.__class__)
-    if container is None:
-        raise TypeError(f"{type(value).__name__} has no JSON form")
-    return container(value)
+    convert = _container(value.__class__)
+    return convert(value) if convert else _text(value)
 
 
 _decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
@@ -563,7 +588,8 @@ def _parse_json(data: bytes) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _json_encoder(indent: str | None) -> Callable[[Any], str]:
-    """Return the encoder for compact replies (None) or for indented ones."""
+    """Return the encoder for compact replies (None) or for indented ones; JSON is indented by white space alone."""
+    indent = "\t" if indent and indent.strip(" \t") else indent
     separators = (",", ":") if indent is None else (",", ": ")
     return json.JSONEncoder(allow_nan=False, default=_plain, indent=indent, separators=separators).encode
 
@@ -607,34 +633,43 @@ def _json_member(outcome: Any) -> tuple[str, Any]:
 
 # ----------------------------------------------------------------- commands ----
 
-# What the annotations of a command's parameters make of a value: out of text in
-# the line dialect; in JSON a value has its type already, and a wrong one is refused.
+# What the annotations of a command's parameters make of a value. The clients of JSON-RPC know no
+# types: one sends every parameter as a string, another every digit as a number.
 
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def _from_text(kind: type, optional: bool, text: str) -> Any:
-    """Convert a text; "" is None for an optional number or truth value."""
-    if optional and not text:
-        return None
-    if kind is bool:
-        return TRUTH[text.lower()]
-    if "_" in text:  # Python's own notation
-        raise ValueError(text)
-    return kind(text)
+def _convert(kind: Any, optional: bool, value: Any) -> Any:
+    """Convert a text or JSON data to int, float, bool or str, or raise LookupError, ValueError or OverflowError.
 
-
-def _from_json(kind: type, optional: bool, value: Any) -> Any:
-    """Check a JSON value."""
-    if optional and value is None:
+    A number without a fraction is an int, 0 and 1 are truth values, and a number has a text. None,
+    and "" for anything but str, are for Optional alone.
+    """
+    if value.__class__ is str:
+        if kind is str:
+            return value
+        if optional and not value:
+            return None
+        if kind is bool:
+            return TRUTH[value.lower()]
+        if "_" in value:  # Python's own notation
+            raise ValueError(value)
+    elif optional and value is None:
         return None
-    if value.__class__ not in ((int, float) if kind is float else (kind,)):
+    elif value.__class__ is bool and kind is bool:
+        return value
+    elif value.__class__ not in (int, float) or (kind is bool and value not in (0, 1)) or (kind is int and value % 1):
         raise ValueError(value)
-    return kind(value)
+    converted: Any = kind(value)
+    if kind is float and not math.isfinite(converted):
+        raise ValueError(value)
+    return converted
 
 
 def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, bool] | None:
     """Return (int, float, bool or str; whether Optional), or None for any other annotation."""
+    if annotation in (inspect.Parameter.empty, "Any"):
+        return None
     if isinstance(annotation, str) and "|" in annotation:  # which has no meaning on Python 3.9
         annotation = f"Union[{annotation.replace('|', ',')}]"
     plain: Any = inspect.unwrap(function)
@@ -656,59 +691,57 @@ def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, boo
 class Command:
     """One registered command, and how arguments bind to its function."""
 
-    def __init__(self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool) -> None:
-        if not isinstance(name, str) or not name or ":" in name or "\n" in name:
-            raise ParameterError(f"command name {name!a}: a text without ':' and line breaks is allowed")
+    def __init__(
+        self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool, core: bool = False
+    ) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"([^:\n]+:)?[^:\n]+", name):
+            raise ParameterError(f"command name {name!a}: NAME or GROUP:NAME is allowed, without line breaks")
         self.name = name
         is_async = inspect.iscoroutinefunction(function)
         self.function = run_on_loop(function, pass_request) if is_async else function
         self.pass_request = pass_request or is_async
         self.read_only = read_only
-        self.core = False  # whether it is one of CORE
+        self.core = core
         self.doc = inspect.getdoc(function) or ""
         self.slow = False  # whether its last run took longer than a TICK
-        parameters = list(inspect.signature(function).parameters.values())
-        stars = {p.kind: p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        self._first = int(pass_request)  # how many of the values by position are ours
-        self.parameters = parameters[self._first :]
-        self._required = {p.name for p in self.parameters if p.default is p.empty and p.kind not in stars}
-        self._by_place = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self._signature = inspect.signature(function)
+        parameters = [*self._signature.parameters.values()]
         self._by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self._more_values = stars.get(inspect.Parameter.VAR_POSITIONAL)
-        self._more_names = stars.get(inspect.Parameter.VAR_KEYWORD)
-        kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
-        self._kinds = {"line": {name: known for name, known in kinds.items() if known[0] is not str}, "json": kinds}
-        self._plan = functools.lru_cache(maxsize=16)(self._match)
+        self.parameters = parameters[int(pass_request) :]  # those that a peer may give
+        self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
+        self._plan = functools.lru_cache(maxsize=16)(self._plan_call)  # of the last shapes: no peer fills the memory
         self.ready: dict[str, set[int]] = {"line": set(), "json": set()}  # numbers of values that need no bind()
 
     def bind(self, values: list[Any], named: dict[str, Any], dialect: str) -> None:
         """Check VALUES and NAMED against the signature and convert them in place, or raise a _Fault."""
-        plan = self._plan if len(values) + len(named) < 16 else self._match  # no peer fills the memory
-        for place, parameter, convert in plan(len(values), (*named,), dialect):
+        for place, parameter, kind, optional in self._plan(len(values), (*named,), dialect):
             holder: Any = values if place.__class__ is int else named
             try:
-                holder[place] = convert(holder[place])
+                holder[place] = _convert(kind, optional, holder[place])
             except (LookupError, ValueError, OverflowError):
-                raise _Fault("bad_parameters", parameter) from None
+                raise _Fault("bad_parameters", f"Bad type for parameter '{parameter}'") from None
 
-    def _match(self, count: int, names: tuple[str, ...], dialect: str) -> list[tuple[Any, str, functools.partial[Any]]]:
-        """List (index or name, parameter, converter) of what is to be converted in calls of this shape.
+    def _plan_call(self, count: int, names: tuple[str, ...], dialect: str) -> list[tuple[Any, str, type, bool]]:
+        """List (index or name, parameter, type, whether Optional) of what is to be converted in calls of this shape.
 
-        Raises a _Fault where Python refuses the call. Signature.bind costs 3 to 5 µs, and up to 3.12
-        it takes a name that is for **names for the parameter by position alone that is called so.
+        Each place is bound to itself. Raises a _Fault where Python would refuse the call.
         """
-        count += self._first
-        by_place = [*self._by_place, *[self._more_values] * count][:count]
-        by_name = [(name, name if name in self._by_name else self._more_names) for name in names]
-        given = {*by_place, *[parameter for _, parameter in by_name]}
-        if None in given or not self._required <= given or self._by_name.intersection(by_place, names):
+        # A name that is nobody's is bound under one that cannot be: up to Python 3.12 bind() takes
+        # one that is for **names for the parameter by position alone that is called so.
+        named = {name if name in self._by_name else f"*{name}": name for name in names}
+        try:
+            bound = self._signature.bind(*range(-self.pass_request, count), **named).arguments
+        except TypeError:
             reason = "Named parameters do not match" if names else "Too few or too many parameters"
-            raise _Fault("bad_arguments", reason)
-        kinds, convert = self._kinds[dialect], _from_text if dialect == "line" else _from_json
-        bound: list[tuple[Any, str | None]] = [*enumerate(by_place, -self._first), *by_name]
-        plan = [(place, p, functools.partial(convert, *kinds[p])) for place, p in bound if p in kinds]
+            raise _Fault("bad_arguments", reason) from None
+        plan: list[tuple[Any, str, type, bool]] = []
+        for parameter, (kind, optional) in self._kinds.items():
+            if parameter in bound and (kind is not str or dialect == "json"):  # the line dialect has texts alone
+                place = bound[parameter]
+                places = place.values() if isinstance(place, dict) else place if isinstance(place, tuple) else [place]
+                plan += [(place, parameter, kind, optional) for place in places]
         if not (plan or names or self.pass_request) and count < 16:
-            self.ready[dialect].add(count - self._first)
+            self.ready[dialect].add(count)
         return plan
 
     def split_arguments(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
@@ -725,44 +758,49 @@ class Command:
         return values, named
 
     def overloads(self) -> list[list[str]]:
-        """List the lists of parameter names that a call may have, shortest first."""
-        names = [p.name for p in self.parameters if p.kind is not p.VAR_KEYWORD]
-        optional = [name for name in names if name not in self._required]
-        lists = [{*self._required, *optional[:more]} for more in range(len(optional) + 1)]
-        return [[name for name in names if name in one] for one in lists]
+        """List the lists of parameters that a call by name may have, shortest first."""
+        named = [p for p in self.parameters if p.name in self._by_name]
+        optional = [p.name for p in named if p.default is not p.empty]
+        return [[p.name for p in named if p.name not in optional[more:]] for more in range(len(optional) + 1)]
 
     def usage(self) -> str:
         """Write the call as a line to type: required parameters bare, others in brackets."""
         words = [self.name]
         for p in self.parameters:
+            is_star = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
             word = "NAME::VALUE" if p.kind is p.VAR_KEYWORD else p.name.upper()
             word = f"{p.name}::{word}" if p.kind is p.KEYWORD_ONLY else word
-            word = word if p.name in self._required else f"[{word}]"
-            words.append(f"{word}..." if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else word)
+            word = f"[{word}]" if is_star or p.default is not p.empty else word
+            words.append(f"{word}..." if is_star else word)
         return " ".join(words)
 
 
 class Counter:
-    """A statistic that counts: right from any thread, as each has a cell of its own and needs no lock."""
+    """A statistic that counts, right from any thread."""
 
     def __init__(self) -> None:
-        self._cells: dict[int, int] = {}
-        self._offset = 0
+        self._lock = threading.Lock()
+        self._others = 0  # all that add() counted, less what was there at the last reset, less our looks at _ones
+        # Each request counts two: a step of this iterator is one step of the interpreter, which needs no lock.
+        self._ones = itertools.count()
+        has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+        self.add_one: Callable[[], object] = self._ones.__next__ if has_gil else self.add
 
     def add(self, amount: int = 1) -> None:
         """Count AMOUNT more."""
-        thread = get_ident()
-        try:
-            self._cells[thread] += amount
-        except KeyError:
-            self._cells[thread] = amount
+        with self._lock:
+            self._others += amount
 
     def reset(self) -> None:
         """Count from zero again."""
-        self._offset = -sum(list(self._cells.values()))  # not -=, so that two resets at once agree
+        with self._lock:
+            self._others = -next(self._ones) - 1
 
     def __call__(self) -> int:
-        return sum(list(self._cells.values())) + self._offset
+        with self._lock:
+            ones = next(self._ones)
+            self._others -= 1
+            return ones + self._others + 1
 
 
 # -------------------------------------------------------------------- calls ----
@@ -880,12 +918,10 @@ class Call:
     A class of its own for each dialect reads the call, and writes the outcome (`format`).
     """
 
+    exchange: Exchange
     dialect = "line"
     name = ""  # of the command, as it is registered
     deferred: Deferred | None = None  # made by defer(), and all that a late reply needs with it
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
 
     def format(self, outcome: Any) -> Any:
         """Write what the command returned, or its CommandError; None where no answer is to be sent."""
@@ -1084,7 +1120,7 @@ class JsonCall(Call):
     dialect = "json"
 
     def __init__(self, exchange: Exchange, call: Any = None) -> None:
-        super().__init__(exchange)
+        self.exchange = exchange
         self.id = _json_id(call)
         self.is_notification = _is_call(call) and "id" not in call
 
@@ -1176,7 +1212,9 @@ class Exchange:
                 return None
             if _is_json(data):
                 return self._answer_json(data)
-        return LineCall(self).answer(data)
+        call = LineCall()  # no __init__: each request makes one
+        call.exchange = self
+        return call.answer(data)
 
     def _answer_json(self, data: bytes) -> bytes | None:
         self.call = JsonCall(self)
@@ -1234,10 +1272,13 @@ class Exchange:
             text = self.call.format(self.too_long(len(text), ""))
         return None if text is None else text.encode()
 
-    def replace_too_large(self, length: int) -> bytes | None:
-        """Return what to send in place of a reply of LENGTH bytes, which is too large for the system."""
-        answer = (self.call or LineCall(self)).format(self.too_long(length, ""))
-        return answer.encode() if isinstance(answer, str) else answer
+    def replace_too_large(self, reply: bytes) -> bytes | None:
+        """Return what to send in place of a reply that is too large for the system; None if that is no help."""
+        call: Call = self.call or LineCall()
+        call.exchange = self
+        answer = call.format(self.too_long(len(reply), ""))
+        shorter = answer.encode() if isinstance(answer, str) else answer
+        return shorter if shorter is not None and len(shorter) < len(reply) else None
 
     def complete(self, call: Any, answer: Any) -> None:
         """Take the late answer of a call; send the reply if there is one now."""
@@ -1342,8 +1383,8 @@ class Interface:
     """The commands and statistics of a program, and how a datagram is answered with them.
 
     `name` and `version` are what the command `version` tells. `core` names the core commands to
-    have: by default all but `kill`, `arg` and `debug`. `logger` is the one whose level `debug`
-    shows and sets, by default the root logger. `async def` commands run on `loop`.
+    have: by default all but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level
+    the last two show and set, by default the root logger. `async def` commands run on `loop`.
 
     Commands run on the servers' threads, several at once, even the same one: they guard what
     they share. One Interface may feed several servers.
@@ -1361,8 +1402,10 @@ class Interface:
         self.version = version
         self.logger = logger or logging.getLogger()
         self.loop = loop
-        self.started = time.time()
-        self.commands: dict[str, Command] = {}
+        self.started = time.monotonic()
+        self.commands: dict[str, Command] = {}  # by the names that they are registered under
+        self._local_names: dict[str, dict[str, Command]] = {}  # by what is behind the group, then by the whole name
+        self._core_names: dict[str, dict[str, Command]] = {}  # the same of the names in OpenSIPS 4 and Kamailio 5
         self.statistics: dict[str, Callable[[], Any]] = {}
         # For servers:
         self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
@@ -1370,7 +1413,7 @@ class Interface:
         self.first_lines: dict[bytes, Command] = {}  # by what a request begins with
         self.log_limit = LogLimit()
         self.use_counters(Counter)
-        self.add_core(set(CORE) - {"kill", "arg", "debug"} if core is None else core)
+        self.add_core([name for name in CORE if name not in CORE_ON_REQUEST] if core is None else core)
 
     # ---- for the program
 
@@ -1395,29 +1438,59 @@ class Interface:
     ) -> Any:
         """Register a function as a command; used as `@mi.command`, `@mi.command(…)` or a call.
 
-        `name` is another name than the function's; `pass_request` gives it the Request as first
-        argument; `read_only` says that it changes nothing, so it is not audited; `replace` lets it
-        take the place of a command of that name, which is a ParameterError otherwise.
+        `name` is another name than the function's, `group:name` for a command of a group;
+        `pass_request` gives it the Request as first argument; `read_only` says that it changes
+        nothing, so it is not audited; `replace` lets it take the place of a command of that name,
+        which is a ParameterError otherwise.
         """
         if function is None:
             options = {"name": name, "pass_request": pass_request, "read_only": read_only, "replace": replace}
             return functools.partial(self.command, **options)
         command = Command(name or function.__name__, function, pass_request, read_only)
         if command.name in self.commands and not replace:
-            raise ParameterError(f"command name {command.name!a}: there is one already; replace=True is allowed")
+            raise ParameterError(f"command name {command.name!a}: there is one already; replace it by replace=True")
         self._put(command)
         return function
 
     def _put(self, command: Command) -> None:
+        """Have COMMAND found by its name, and without its group as long as no other group has one of that name."""
         self.commands[command.name] = command
-        self.first_lines[f":{command.name}:".encode("utf-8", "surrogateescape")] = command
+        group, _, local = command.name.rpartition(":")
+        if group:
+            self._local_names.setdefault(local, {})[command.name] = command
+        first_line = f":{local}:".encode("utf-8", "surrogateescape")
+        try:
+            self.first_lines[first_line] = self.find(local, "line")
+        except _Fault:
+            self.first_lines.pop(first_line, None)
 
     def find(self, name: str, dialect: str) -> Command:
-        """Return the command that NAME means in a dialect; raise the _Fault to answer where there is none."""
+        """Return the command that NAME means in a dialect; raise the _Fault to answer if there is none, or several."""
         command = self.commands.get(name)
-        if command is None:
-            raise _Fault("unknown_commands", detail=name)
-        return command
+        if command is not None:
+            return command
+        found = dict(self._local_names.get(name, ()))
+        if dialect == "json":
+            aliases = self._core_names.get(name, {})
+            found.update({whole: one for whole, one in aliases.items() if self.commands[one.name].core})
+        if len(found) > 1:
+            raise _Fault("ambiguous_commands", f"supported names: {', '.join(found)}", name)
+        for command in found.values():
+            return command
+        raise _Fault("unknown_commands", detail=name)
+
+    def names(self, dialect: str) -> dict[str, Command]:
+        """Return what a dialect can call, by name, and of the names in Kamailio 5 none."""
+        if dialect == "line":
+            lines = list(self.first_lines.items())
+            return {line[1:-1].decode("utf-8", "surrogateescape"): command for line, command in lines}
+        found = {}
+        for name in {*self.commands, *self._local_names, *self._core_names}:
+            with contextlib.suppress(_Fault):  # it means several, or one of the core's that was replaced
+                command = self.find(name, dialect)
+                if self.commands[command.name] is command:
+                    found[name] = command
+        return found
 
     def counter(self, name: str) -> Counter:
         """Return the counter called `group:name`, made at its first mention."""
@@ -1428,9 +1501,8 @@ class Interface:
 
     def statistic(self, name: str, function: Callable[[], Any]) -> None:
         """Have `group:name` show what FUNCTION returns whenever somebody asks."""
-        if name in self.statistics:
+        if self._add_statistic(name, function) is not function:
             raise ParameterError(f"statistic name {name!a}: there is one already")
-        self._add_statistic(name, function)
 
     def _add_statistic(self, name: str, function: Callable[[], Any]) -> Callable[[], Any]:
         """Return the statistic of this name: FUNCTION where there was none."""
@@ -1456,14 +1528,26 @@ class Interface:
         for name in names:
             if name not in CORE:
                 raise ParameterError(f"core command {name!a}: allowed are {', '.join(CORE)}")
-            if name not in self.commands:
-                self.command(getattr(core, name), read_only=name in CORE_READ_ONLY)
-                self.commands[name].core = True
+            if name in self.commands:
+                continue
+            opensips, kamailio = CORE[name]
+            command = self._core_command(name, getattr(core, name))
+            self._put(command)
+            for alias in (opensips, opensips.partition(":")[2]):
+                self._core_names.setdefault(alias, {})[opensips] = command
+            for alias, (method, form) in kamailio.items():
+                self._core_names[alias] = {alias: self._core_command(name, _in_form(getattr(core, method), form))}
 
-    def server(self, socket_name: str, **parameters: Any) -> UnixServer | UDPServer:
+    def _core_command(self, name: str, function: Callable[..., Any]) -> Command:
+        """Make a core command of a FUNCTION, which gets the Request if it has a parameter of that name."""
+        plain: Any = inspect.unwrap(function)
+        return Command(name, function, "request" in plain.__code__.co_varnames, name not in CORE_CHANGING, core=True)
+
+    def server(self, socket_name: str | os.PathLike[str], **options: Unpack[_ServerOptions]) -> UnixServer | UDPServer:
         """Make a server of these commands: a UnixServer or a UDPServer; help() of these lists the PARAMETERS."""
-        kind = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
-        return kind(socket_name, self, **parameters)
+        kind: Any = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
+        server: UnixServer | UDPServer = kind(socket_name, self, **options)
+        return server
 
     def answer(
         self, data: bytes, peer: Peer | None = None, send: Callable[[bytes], object] | None = None
@@ -1482,8 +1566,10 @@ class Interface:
         self.statistics["mi_datagram:threads"] = lambda: sum(
             [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
         )
-        self.count_request = self.counter("mi_datagram:requests").add  # these two in every request, so looked up here
-        self.count_reply = self.counter("mi_datagram:replies").add
+        self.count_request = self.counter(
+            "mi_datagram:requests"
+        ).add_one  # these two in every request, so looked up here
+        self.count_reply = self.counter("mi_datagram:replies").add_one
 
     def count(self, name: str) -> None:
         """Count one more in the service's own group of statistics."""
@@ -1492,25 +1578,65 @@ class Interface:
 
 # ------------------------------------------------------------ core commands ----
 
-# Their names; those that only read change nothing.
-CORE_READ_ONLY = ("arg", "get_statistics", "help", "ps", "pwd", "threads", "uptime", "version", "which")
-CORE = (*CORE_READ_ONLY, "clear_statistics", "debug", "kill", "reset_statistics")
+# The core commands in four worlds: the name in Kamailio up to 4.4 and in OpenSIPS up to 3, which is ours in both
+# dialects; the name in OpenSIPS 4; the names in Kamailio 5, each with the method of _Core that answers and what makes
+# Kamailio's form of that. The last two are for JSON-RPC alone. Behind each its form in the line dialect | in JSON, if
+# that is another than the same data.
+CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
+    "arg": ("core:arg", {"core.arg": ("arg", list)}),  # an argument a line
+    "clear_statistics": ("statistics:clear", {}),  # group:name:: 1
+    "debug": ("core:debug", {}),  # DEBUG:: 0
+    "get_statistics": ("statistics:get", {  # group:name:: 1
+        "stats.get_statistics": ("fetch", lambda pairs: [f"{name} = {_text(value)}" for name, value in pairs.items()]),
+        "stats.fetch": ("fetch", lambda pairs: {name.replace(":", "."): _text(value) for name, value in pairs.items()}),
+        "stats.fetchn": ("fetch", lambda pairs: {name.replace(":", "."): value for name, value in pairs.items()}),
+    }),
+    # name:: summary, or Usage:: and Help:: of one | the same, or {"Help": text, "Exported by": group, "Usage": text}
+    "help": ("core:help", {"system.methodHelp": ("method_help", str)}),
+    "kill": ("core:kill", {}),  # nothing
+    "list_statistics": ("statistics:list", {}),  # group:name:: incremental, or non-incremental
+    "log_level": ("core:log_level", {}),  # Log level:: 1, or New global log level:: 1
+    "ps": ("core:ps", {  # Process::  ID=0 PID=7 Type=main | {"Processes": [{"ID": 0, "PID": 7, "Type": "main"}]}
+        "core.psx": ("processes", lambda rows: [{"IDX": p["ID"], "PID": p["PID"], "DSC": p["Type"]} for p in rows]),
+    }),
+    "pwd": ("core:pwd", {"core.pwd": ("pwd", lambda one: [one["WD"]])}),  # WD:: /path
+    "reset_all_statistics": ("statistics:reset_all", {}),  # nothing
+    "reset_statistics": ("statistics:reset", {}),  # nothing
+    "threads": ("core:threads", {}),  # Thread:: name, and below it the frames
+    "uptime": ("core:uptime", {"core.uptime": ("uptime", lambda one: {  # Now:: date, Up since:: date, Up time:: 7 [sec]
+        "now": one["Now"], "up_since": one["Up since"], "uptime": int(one["Up time"].split()[0])})}),
+    "version": ("core:version", {"core.version": ("version", lambda one: one["Server"])}),  # Server:: name (version)
+    "which": ("core:which", {"system.listMethods": ("list_methods", list)}),  # a name a line, or lists of parameters
+}  # fmt: skip
+CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
+CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
 
-# The original's log levels, as `debug` has them: -5 alert … -1 error, 0 warning, 1 notice, 2 info, 3 debug.
+# The levels of `logging` by the original's, as `debug` has them: -5 alert … -1 error, 0 warning, 1 notice, 2 info,
+# 3 debug; and by OpenSIPS's, as `log_level` has them: -3 alert … -1 error, 1 warning, 2 notice, 3 info, 4 debug.
 DEBUG_LEVELS = {3: 10, 2: 20, 1: 25, 0: 30, -1: 40, -2: 50, -3: 51, -4: 52, -5: 53}
+LOG_LEVELS = {4: 10, 3: 20, 2: 25, 1: 30, 0: 35, -1: 40, -2: 50, -3: 51}
+
+
+def _in_form(method: Callable[..., Any], form: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Make a function like METHOD that answers in another form."""
+
+    @functools.wraps(method)
+    def answer(*values: Any, **named: Any) -> Any:
+        return form(method(*values, **named))
+
+    return answer
 
 
 class _Core:
-    """The core commands, each a method; answers in the original's format."""
+    """The core commands, each a method, and what Kamailio's names need beside them."""
 
     def __init__(self, interface: Interface) -> None:
         self._interface = interface
 
     def uptime(self) -> Any:
         """Tell the time, when the program started, and for how long it has run."""
-        now = time.time()
-        started = self._interface.started
-        return {"Now": time.ctime(now), "Up since": time.ctime(started), "Up time": f"{int(now - started)} [sec]"}
+        now, seconds = time.time(), time.monotonic() - self._interface.started  # which no change of the clock touches
+        return {"Now": time.ctime(now), "Up since": time.ctime(now - seconds), "Up time": f"{int(seconds)} [sec]"}
 
     def version(self) -> Any:
         """Tell the name and the version of the program."""
@@ -1524,45 +1650,19 @@ class _Core:
         """List the arguments that the program was started with."""
         return list(sys.argv)
 
-    def which(self, command: str | None = None) -> Any:
-        """List the commands, or the lists of parameter names that COMMAND takes."""
-        if command is None:
-            return sorted(self._interface.commands)
-        return self._find(command).overloads()
-
-    def help(self, command: str | None = None) -> Any:
-        """Say what each command does, or how to call COMMAND."""
-        if command is None:
-            commands = sorted(self._interface.commands.items())
-            return {name: command.doc.partition("\n")[0] for name, command in commands}
-        found = self._find(command)
-        return {"Usage": found.usage(), "Help": found.doc.split("\n")}
-
-    def _find(self, name: str) -> Command:
-        command = self._interface.commands.get(name)
-        if command is None:
-            raise CommandError(404, "Command Not Found")
-        return command
-
-    def ps(self) -> Any:
-        """List the processes of the program."""
+    def processes(self) -> Any:
+        """List the processes of the program, those that run."""
         processes = enumerate(self._interface.processes())
-        return [Node("Process", None, {"ID": i, "PID": pid, "Type": kind}) for i, (pid, kind) in processes]
+        return [{"ID": number, "PID": pid, "Type": kind} for number, (pid, kind) in processes if pid]
+
+    def ps(self, request: Request) -> Any:
+        """List the processes of the program."""
+        processes = self.processes()
+        return {"Processes": processes} if request.dialect == "json" else [Node("Process", None, p) for p in processes]
 
     def kill(self) -> None:
         """End the program, as SIGTERM does."""
         os.kill(self._interface.processes()[0][0], signal.SIGTERM)
-
-    def debug(self, level: int | None = None) -> Any:
-        """Tell the log level or set it: -5 alert ... -1 error, 0 warning, 1 notice, 2 info, 3 debug."""
-        logger = self._interface.logger
-        if level is not None:
-            if level not in DEBUG_LEVELS:
-                raise _Fault("bad_parameters", "level")
-            logger.setLevel(DEBUG_LEVELS[level])
-            self._interface.level_changed(level)
-        effective = logger.getEffectiveLevel()
-        return {"DEBUG": next((n for n, at_least in DEBUG_LEVELS.items() if effective <= at_least), -5)}
 
     def threads(self) -> Any:
         """Tell what each thread is doing now: its name and its innermost frames."""
@@ -1574,45 +1674,134 @@ class _Core:
             nodes.append(Node("Thread", names.get(ident, str(ident)), children=frames))
         return nodes
 
-    def get_statistics(self, *names: Any, statistics: Any = ()) -> Any:
-        """Tell the statistics called `group:name` or `name`, those of a `group:`, or `all`."""
-        return {name: self._value(name, statistic) for name, statistic in self._select(names, statistics).items()}
+    def which(self, request: Request, command: str | None = None) -> Any:
+        """List the commands, those of a group (`GROUP:`), or the lists of parameters to give COMMAND by name."""
+        names = self._interface.names(request.dialect)
+        if command is None:
+            return sorted(names)
+        if command.endswith(":"):
+            is_json = request.dialect == "json"
+            group = [name for name, one in names.items() if (name if is_json else one.name).startswith(command)]
+            if group:
+                return sorted(group)
+        return self._find(command, request.dialect).overloads()
 
-    def reset_statistics(self, *names: Any, statistics: Any = ()) -> None:
+    def help(self, request: Request, command: str | None = None, *, mi_cmd: str | None = None) -> Any:
+        """Say what each command does, or how to call COMMAND; OpenSIPS's clients call the parameter mi_cmd."""
+        is_json = request.dialect == "json"
+        name = mi_cmd if command is None else command
+        if name is None:
+            names = self._interface.commands if is_json else self._interface.names("line")
+            return {name: names[name].doc.partition("\n")[0] for name in sorted(names)}
+        found = self._find(name, request.dialect)
+        if is_json:
+            whole = CORE[found.name][0] if found.core else found.name
+            group = whole.rpartition(":")[0] or self._interface.name
+            return {"Help": found.doc, "Exported by": group, "Usage": found.usage()}
+        usage = {"Usage": found.usage().removeprefix(found.name.rpartition(":")[0] + ":")}
+        return {**usage, "Help": found.doc.split("\n")} if found.doc else usage  # run as -OO there are no texts
+
+    def _find(self, name: str, dialect: str, code: int = 404, reason: str = "Command Not Found") -> Command:
+        try:
+            return self._interface.find(name, dialect)
+        except _Fault as fault:
+            raise CommandError(code, reason) if fault.kind == "unknown_commands" else fault from None
+
+    def list_methods(self) -> Any:
+        """List Kamailio's names of the core commands, and the program's own commands."""
+        commands = list(self._interface.commands.values())
+        return sorted(itertools.chain(*[CORE[one.name][1] if one.core else [one.name] for one in commands]))
+
+    def method_help(self, name: str | None = None) -> Any:
+        """Say what the command NAME does."""
+        if name is None:
+            raise CommandError(400, "Method Name Expected")
+        return self._find(name, "json", 400, "command not found").doc
+
+    def debug(self, level: int | None = None) -> Any:
+        """Tell the log level or set it: -5 alert ... -1 error, 0 warning, 1 notice, 2 info, 3 debug."""
+        return {"DEBUG": self._level(level, DEBUG_LEVELS)}
+
+    def log_level(self, level: int | None = None) -> Any:
+        """Tell the log level or set it: -3 alert ... -1 error, 1 warning, 2 notice, 3 info, 4 debug."""
+        return {"Log level" if level is None else "New global log level": self._level(level, LOG_LEVELS)}
+
+    def _level(self, level: int | None, levels: dict[int, int]) -> int:
+        """Set a level where one is given; return the one that holds."""
+        logger = self._interface.logger
+        if level is not None:
+            if level not in levels:
+                raise _Fault("bad_parameters", "Bad type for parameter 'level'")
+            if logger in (log, logging.getLogger()):  # whose level the audit has unless it has one of its own
+                audit.setLevel(audit.getEffectiveLevel())
+            logger.setLevel(levels[level])
+            self._interface.level_changed(levels[level])
+        return next((number for number, low in levels.items() if logger.getEffectiveLevel() <= low), min(levels))
+
+    def get_statistics(self, statistics: Any, *more: Any) -> Any:
+        """Tell the statistics called `group:name` or `name`, those of a `group:`, or `all`."""
+        return self._values(self._found(statistics, *more))
+
+    def list_statistics(self, statistics: Any = "all", *more: Any) -> Any:
+        """Tell which statistics there are, and which of them count; select them as in get_statistics."""
+        found = self._found(statistics, *more)
+        return {name: "incremental" if isinstance(one, Counter) else "non-incremental" for name, one in found.items()}
+
+    def reset_statistics(self, statistics: Any, *more: Any) -> None:
         """Count from zero again what get_statistics tells for the same names."""
-        for statistic in self._select(names, statistics).values():
+        for statistic in self._found(statistics, *more).values():
             if isinstance(statistic, Counter):
                 statistic.reset()
 
-    def clear_statistics(self, *names: Any, statistics: Any = ()) -> Any:
+    def reset_all_statistics(self) -> None:
+        """Count all statistics from zero again."""
+        self.reset_statistics("all")
+
+    def clear_statistics(self, statistics: Any, *more: Any) -> Any:
         """Tell the statistics and count them from zero again."""
-        values = self.get_statistics(*names, statistics=statistics)
-        self.reset_statistics(*names, statistics=statistics)
+        values = self.get_statistics(statistics, *more)
+        self.reset_statistics(statistics, *more)
         return values
 
-    def _select(self, names: Sequence[Any], more: Any) -> dict[str, Callable[[], Any]]:
-        """Return the statistics that are meant, by their full names; OpenSIPS's clients send these in one list."""
+    def fetch(self, *names: Any) -> Any:
+        """Tell statistics as Kamailio does, to which a name that selects nothing is no error."""
+        if not names:
+            raise CommandError(400, "Please provide which stats to retrieve")
+        return self._values(self._select(names))
+
+    def _found(self, *names: Any) -> dict[str, Callable[[], Any]]:
+        """Return the statistics that are meant, at least one; OpenSIPS's clients send the names in one list."""
         wanted: list[Any] = []
-        for name in (*names, more):
+        for name in names:
             wanted += name if isinstance(name, (list, tuple)) else [name]
         if not wanted:
-            raise _Fault("bad_arguments", "Too few or too many parameters")
-        by_name: dict[str, list[str]] = {}  # what each word selects: one look at each statistic and each word
+            raise _Fault("bad_parameters", "Empty array in parameter 'statistics'")
+        found = self._select(wanted)
+        if not found:
+            raise CommandError(404, "Statistics Not Found")
+        return found
+
+    def _select(self, names: Sequence[Any]) -> dict[str, Callable[[], Any]]:
+        """Return the statistics that NAMES select, by their full names."""
+        by_word: dict[str, list[str]] = {}  # what each word selects: one look at each statistic and each word
         for full in list(self._interface.statistics):
             group, _, rest = full.partition(":")
             for word in ("all", full, f"{group}:", rest):
-                by_name.setdefault(word, []).append(full)
-        selected = [full for name in dict.fromkeys(map(str, wanted)) for full in by_name.get(name, ())]
-        if not selected:
-            raise CommandError(404, "Statistics Not Found")
+                by_word.setdefault(word, []).append(full)
+        selected = [full for name in dict.fromkeys(map(str, names)) for full in by_word.get(name, ())]
         return {full: self._interface.statistics[full] for full in selected}
 
-    def _value(self, name: str, statistic: Callable[[], Any]) -> Any:
-        try:
-            return statistic()
-        except Exception as error:
-            _note(logging.ERROR, "statistic %a failed", name, error=error)
-            return None
+    def _values(self, statistics: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+        """Ask the statistics; one that fails or has no value is left out, or its readers could read none of them."""
+        values = {}
+        for name, statistic in statistics.items():
+            try:
+                value = statistic()
+                if not (value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))):
+                    values[name] = int(value) if value.__class__ is bool else value
+            except Exception as error:
+                _note(logging.ERROR, "statistic %a failed", name, error=error)
+        return values
 
 
 # ------------------------------------------------------------------- access ----
@@ -1663,24 +1852,27 @@ def _wrong(name: str, value: object, allowed: str) -> ParameterError:
     return ParameterError(f"{name} {value!a}: {allowed}")
 
 
+def _integer(value: Any, base: int) -> int | None:
+    """Return an int, or the one that a text writes; None for anything else."""
+    try:
+        number = int(value, base) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    return number if number.__class__ is int else None
+
+
 def _number(name: str, value: Any, low: int, high: int) -> int:
     """Check a number: an int, or its decimal or 0x text."""
-    try:
-        number = int(value, 16 if value[:2].lower() == "0x" else 10) if isinstance(value, str) else value
-    except ValueError:
-        number = None
-    if number.__class__ is not int or not low <= number <= high:
+    number = _integer(value, 16 if str(value)[:2].lower() == "0x" else 10)
+    if number is None or not low <= number <= high:
         raise _wrong(name, value, f"a number from {low} to {high} is allowed")
-    return int(number)
+    return number
 
 
 def _mode(name: str, value: Any) -> int:
     """Check permissions: an int, or octal text; 0 would lock everybody out and becomes 0o600."""
-    try:
-        mode = int(value, 8) if isinstance(value, str) else value
-    except ValueError:
-        mode = None
-    if mode.__class__ is not int or not 0 <= mode <= 0o777:
+    mode = _integer(value, 8)
+    if mode is None or not 0 <= mode <= 0o777:
         raise _wrong(name, value, "an octal number from 0 to 0777 is allowed")
     if not mode:
         _note(logging.WARNING, "%s 0: taken as 0600", name)
@@ -1720,8 +1912,8 @@ def _truth(name: str, value: Any) -> bool:
 
 
 def _indent(name: str, value: Any) -> str:
-    if not isinstance(value, str) or value.strip(" \t"):
-        raise _wrong(name, value, "blanks and TABs are allowed")
+    if not isinstance(value, str) or "\n" in value or "\r" in value or not _has_bytes(value):
+        raise _wrong(name, value, "any text without a line break is allowed")
     return value
 
 
@@ -1740,6 +1932,28 @@ PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
 }
 
 
+class Parameters(typing.TypedDict, total=False):
+    """The types of PARAMETERS as keywords."""
+
+    children_count: int
+    unix_socket_mode: int | str
+    unix_socket_user: int | str | None
+    unix_socket_group: int | str | None
+    socket_timeout: int
+    reply_indent: str
+    socket_buf_size: int
+    pretty_printing: bool
+    max_threads: int
+
+
+class _ServerOptions(Parameters, total=False):
+    """What a server takes beside its name and its Interface."""
+
+    handler: Callable[[Any, Any, Any], Any]
+    authorize: Authorize | None
+    listening: Any
+
+
 def _meaning(parameter: str) -> str:
     """Tell a parameter's meaning and default."""
     default, check, meaning = PARAMETERS[parameter]
@@ -1755,8 +1969,11 @@ def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: check(name, parameters.get(name, default)) for name, (default, check, _) in PARAMETERS.items()}
 
 
-def parse_socket_name(name: str) -> str | tuple[str, int]:
+def parse_socket_name(name: str | os.PathLike[str]) -> str | tuple[str, int]:
     """Tell a UNIX socket's path from the (host, port) of `udp:HOST:PORT`; raise ParameterError for others."""
+    given = name
+    if isinstance(name, os.PathLike):  # which is a path, though it keeps no ./
+        name = os.path.join(".", os.fspath(name)) if isinstance(os.fspath(name), str) else ""
     if not isinstance(name, str):
         raise _wrong("socket_name", name, "a text is allowed")
     if name[:4].lower() == "udp:":
@@ -1766,14 +1983,11 @@ def parse_socket_name(name: str) -> str | tuple[str, int]:
         if not (host and port.isascii() and port.isdigit() and len(port) < 6 and int(port) <= 65535):
             raise _wrong("socket_name", name, "udp:HOST:PORT is allowed, with a port from 0 to 65535")
         return host, int(port)
-    try:
-        path = os.fsencode(name)
-    except UnicodeEncodeError:
-        path = b""
+    path = os.fsencode(name) if _has_bytes(name) else b""
     if not path.startswith((b"/", b"./")) or b"\0" in path or path.endswith(b"/"):
-        raise _wrong("socket_name", name, "/path, ./path or udp:HOST:PORT is allowed")
+        raise _wrong("socket_name", given, "/path, ./path or udp:HOST:PORT is allowed")
     if len(path) > UNIX_PATH:
-        raise _wrong("socket_name", name, f"a path of at most {UNIX_PATH} bytes is allowed")
+        raise _wrong("socket_name", given, f"a path of at most {UNIX_PATH} bytes is allowed")
     return name
 
 
@@ -2148,8 +2362,9 @@ class Outbox:
         except OSError:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
-    def send(self, request: Any, reply: bytes, address: Any) -> None:
-        """Send a reply, or drop, count and log it. Raises OSError (EMSGSIZE) alone: the system sends none so large."""
+    def send(self, asked: Any, reply: bytes) -> None:
+        """Send the reply to what was ASKED (a Handler), or drop, count and log it."""
+        request, address = asked.request, asked.client_address
         try:
             if request[2]:
                 _send_from(request, reply, MSG_DONTWAIT, address)
@@ -2158,9 +2373,11 @@ class Outbox:
         except BlockingIOError as error:
             self._send_later(request, reply, address, error)
         except (OSError, TypeError) as error:  # TypeError: the client has no address
-            if getattr(error, "errno", 0) == errno.EMSGSIZE:
-                raise
-            self._drop(request, address, error)
+            shorter = asked.replace_too_large(reply) if getattr(error, "errno", 0) == errno.EMSGSIZE else None
+            if shorter is None:
+                self._drop(request, address, error)
+            else:
+                self.send(asked, shorter)
         else:
             self._interface.count_reply()
 
@@ -2276,7 +2493,10 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
             server.reply_to(self, reply)
 
     def send(self, reply: bytes | None) -> None:
-        self.server.reply_to(self, reply)
+        if reply is None:
+            self.server.forget(self.request)
+        else:
+            self.server.reply_to(self, reply)
 
     def yield_lead(self) -> None:
         self.server.yield_lead()
@@ -2399,7 +2619,10 @@ class ServerMixIn(socketserver.BaseServer):
         )
         self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
         self.buffer = _Buffer(self.service.limit + 1)  # one byte more shows that a request is too long
-        self.outbox = self._outbox(values["socket_timeout"] / 1000, min(values["max_threads"] // 2, values["max_threads"] - 3))
+        self.outbox = self._outbox(
+            values["socket_timeout"] / 1000, min(values["max_threads"] // 2, values["max_threads"] - 3)
+        )
+        self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
         self._state_changed = threading.Condition()
         with _naming(socket_name):
             super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
@@ -2435,6 +2658,9 @@ class ServerMixIn(socketserver.BaseServer):
 
     def keep_open(self, request: Any) -> None:
         """Learn that the reply to a request comes later."""
+
+    def forget(self, request: Any) -> None:
+        """Learn that a request that was kept open has no reply."""
 
     def remove_file(self) -> None:
         """Remove the socket file, if there is one and it is still ours; takes no lock."""
@@ -2681,16 +2907,6 @@ class ServerMixIn(socketserver.BaseServer):
         if self.interface.log_limit.allows("handler_errors"):
             _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
 
-    def reply_to(self, handler: Handler, reply: bytes | None) -> None:
-        """Send the reply to the request of HANDLER; None: there is none."""
-        if reply is not None:
-            try:
-                self.outbox.send(handler.request, reply, handler.client_address)
-            except OSError:  # EMSGSIZE
-                reply = handler.replace_too_large(len(reply))
-                if reply is not None:
-                    self.outbox.send(handler.request, reply, handler.client_address)
-
 
 _S = typing.TypeVar("_S", bound=ServerMixIn)
 
@@ -2723,6 +2939,7 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
 
     def _prepare(self) -> None:
         super()._prepare()
+        self.reply_to = self._reply_to
         self._running: dict[Any, Any] = {}  # by (digest, address) of each datagram that runs, whose it is
         host = str(self.server_address[0])
         if sys.platform == "linux" and host == "0.0.0.0":
@@ -2747,7 +2964,7 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
             source = _reply_source(ancillary)
         else:
             size, address = self.socket.recvfrom_into(view, 0, MSG_DONTWAIT)
-        data = bytes(view[:size])
+        data = view[:size].tobytes()
         return (data, self.socket, source, (hash(data), address)), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -2765,9 +2982,12 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
     def keep_open(self, request: Any) -> None:
         self._running[request[3]] = PENDING
 
-    def reply_to(self, handler: Handler, reply: bytes | None) -> None:
-        self._running.pop(handler.request[3], None)  # before it is sent: then the client may ask the same again
-        super().reply_to(handler, reply)
+    def _reply_to(self, handler: Handler, reply: bytes) -> None:
+        self.forget(handler.request)  # before it is sent: then the client may ask the same again
+        self.outbox.send(handler, reply)
+
+    def forget(self, request: Any) -> None:
+        self._running.pop(request[3], None)
 
 
 def _reply_source(ancillary: Any) -> Any:
@@ -2863,7 +3083,7 @@ class UnixServer(ServerMixIn, _UnixBase):
             elif kind == SCM_RIGHTS:  # which has no room there; should it get in all the same
                 for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
                     os.close(descriptor)
-        return (bytes(view[:size]), sock, (), credentials), address
+        return (view[:size].tobytes(), sock, (), credentials), address
 
 
 for _kind in (UDPServer, UnixServer):
@@ -3278,7 +3498,9 @@ class _SharedCounter(Counter):
     """Counts in the cell OWN of COLUMN, which has one for each child and a last one for resets."""
 
     def __init__(self, column: Any, own: int) -> None:
-        self._column, self._own, self._lock = column, own, threading.RLock()
+        self._column, self._own = column, own
+        self._lock = threading.Lock()
+        self.add_one = self.add
 
     def add(self, amount: int = 1) -> None:
         with self._lock:

@@ -61,9 +61,13 @@ import ast
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
+import datetime
+import enum
 import errno
 import fcntl
 import grp
+import itertools
 import json
 import logging
 import pwd
@@ -81,7 +85,10 @@ import termios
 import textwrap
 import threading
 import time
+import types
 import typing
+import uuid
+from decimal import Decimal
 
 import pytest
 
@@ -240,111 +247,62 @@ def process(*arguments, command=MI, env=(), **options):
         popen.stderr.close()
 
 
-# Requests of the line dialect by what is answered, most of them recorded from the original C module.
-RAW = bytes(byte for byte in range(1, 256) if byte not in b'\n"')
-WHOLE = bytes(byte for byte in range(1, 256) if byte != ord('"'))
-PLAIN = [bytes([byte]) for byte in range(256) if byte not in b' \t\n\v\f\r"']
-TEN = b"".join(b"arg%d\n" % number for number in range(10))
-NOT_AVAILABLE = [
-    b":echo:", b":", b"::", b"::\n", b":::\n", b":\n", b"\n", b" ", b":echo", b":echo\n", b":echo:x\n",
-    b":echo:fifo_reply\n", b":echo:fifo_reply\na\n\n", b":echo: \n", b":echo:\t\n", b":echo:\r\n", b":echo:\r\na\r\n",
-    b" :echo:\n", b"\n:echo:\n", b"\n\n:echo:\na\n", b"\x00:echo:\n", b"echo:\n", b"echo\n", b"echo", b": echo:\n",
-    b":echo :\n", b":ECHO:\n", b":Echo:\n", b":ech:\n", b":echoo:\n", b":ohce:\n", b":ec ho:\n", b":ec\nho:\n",
-    b":echo\n:\n", ":échø:\n".encode(), b":\xe9cho:\n", b":ec\x00ho:\n", b":echo\x00:\n", b":echo:\x00\n",
-    b":echo:\x00\na\n", b":echo:a\n", b':echo:"a"\n', b":echo::\n", b":echo:x:\n", b":echo x:\n", b":nosuch:\n",
-    b":nosuch:\na\nb::c\n", b":nosuch:", b':nosuch:\na"b\n', b"::\na\n", b":" + b"x" * 1000 + b":\n",
-    b"GET / HTTP/1.0\r\n\r\n", b":1:\n", b":core.uptime:\n", b"\xef\xbb\xbf:echo:\n", b":echo:\r", b"\t:echo:\n",
-    b":\techo:\n", b':"echo":\n',
+def rpc(mi, method, params=(), answer=None):
+    """Call METHOD by JSON-RPC; return the result or the error, None for no reply."""
+    reply = (answer or mi.answer)(json.dumps({"jsonrpc": "2.0", "method": method, "params": params, "id": 1}).encode())
+    return next(value for key, value in json.loads(reply).items() if key in ("result", "error")) if reply else None
+
+
+def error(code, message, data=None):
+    return {"code": code, "message": message, **({"data": data} if data else {})}
+
+
+# Requests of the line dialect: what follows `:echo:`, and the nodes that are echoed; None: it breaks the grammar.
+RECORDED = [
+    (b"a\nn::v\n", b"a\nn:: v\n"), (b"a\n\n", b"a\n"), (b"", b""), (b" \t\v\f\r\n", b""),
+    (b" a \n\tb\v\f\r\n", b"a\nb\n"), (b"a\rb", b"a\\rb\n"), (b"a  b\tc", b"a  b\tc\n"),
+    (b"a\n:echo:\nb", b"a\n:echo:\nb\n"), (b"[2001:db8::1]:5060", b"[2001:db8:: 1]:5060\n"), (b"a:\n:b", b"a:\n:b\n"),
+    (b"uri::sip:u@h:5060;x=y", b"uri:: sip:u@h:5060;x=y\n"), (b"::v", b"v\n"), (b"a::b::c", b"a:: b::c\n"),
+    (b"a:::b", b"a:: :b\n"), (b"::::", b"::\n"), (b" my name :: v ", b"my name:: v\n"), (b"name::\nb", b"name:: \nb\n"),
+    (b"name\n::value", b"name\nvalue\n"), (b"a::1\na::2", b"a:: 1\na:: 2\n"), (b"'a b'\nit's::v", b"'a b'\nit's:: v\n"),
+    (b"::", None), (b"a\n :: \nb", None), (b'"a b"', b"a b\n"), (b'n:: "a b" \r', b"n:: a b\n"),
+    (b'::"a::b"', b"a::b\n"), (b'"  a  "', b"  a  \n"), (b'"a\r\n\nb"', b"a\\r\\n\\nb\n"), (b'"a\\"b"\nc', b'a"b\nc\n'),
+    (b'"back\\\\slash"', b"back\\\\slash\n"), (b'"a\\\nb"', b"a\\\\nb\n"), (b"n::'v'", b"n:: 'v'\n"), (b'"', None),
+    (b'"a\nb', None), (b'"x"y', None), (b'"a" "b"', None), (b'pre"q"', None), (b'n::a"b', None), (b'"n"::v', None),
+    (b':"a"', None), (b'"""', None), (b'"a"\x1c', None), (b'"back\\\\"', None),
+    # not as the original, which refuses these, reads past their ends, or drops what follows a NUL
+    (b'""\nx', b"\nx\n"), (b'n::""', b"n:: \n"), (b"name::", b"name:: \n"), (b'"\\"a"', b'"a\n'),
+    (b'"a\\"b\\"c"', b'a"b"c\n'), (b"a\n\0b", b"a\n\0b\n"), (b'"a\0b"', b"a\0b\n"),
+    ("jméno::žluťoučký kůň 🙂".encode(), "jméno:: žluťoučký kůň 🙂\n".encode()),
+    (b"\xff\xc0\x80\x85", b"\xff\xc0\x80\x85\n"),
 ]  # fmt: skip
-PARSE_ERRORS = [  # arguments, as all that follow, that stand behind b":echo:\n"
-    b"::", b" :: ", b"::\na", b'"\\"', b'"a\\"', b'"back\\\\"', b'"back\\\\"\n"x"', b'"""', b'""""', b'""x"',
-    b'"unterminated', b'"', b'n::"abc', b'a\n"abc', b'a\n"', b'"x" trailing', b'"x"y', b'"x":', b'"na me"::v',
-    b'"n"::"v"', b'"a" "b"', b'"a""b"', b'pre"quote', b'pre"quote"', b'abc"', b'na"me::v', b'n::va"lue', b'n::value"',
-    b'n::v "q"', b'n::a"b', b'a"b', b'ab"', b'"ab', b'a\\"b', b'a\nb"c', b'a\nb\nc::d"e', b'\'a"b\'', b'"a"\n"',
-    b':"a"', b'a:"b"', b'a:::"b"',
-    b'"a"\x00', b'"a"\x1c', b'"a"\xc2\x85',
-]  # fmt: skip
-AS_SENT = [
-    b":echo:", b"a", b"a\nb", b"a\x0bb", b"a\x0cb", b"a b", b"a b  c", b"a\tb", b"x", b"\xa0a\xa0",
-    b"\xc2\xa0a\xc2\xa0",
-    b"\x85a\x85", b"a\xe2\x80\xa8b", b"123", b"-1", b".", b"a\na", b"a;b,c",
-    b"sip:user@example.com:5060;transport=udp", b"# c", b"%s%n%d", b"a\\nb", b"a,b", b"a=b", b"<a>&b;",
-    b"name:: value", b"a:b", b"a:b:c", b":a", b"a:", b":", b"a: :b", b"a:\n:b", b"a:: ", b"'a b'", b"it's", b"'",
-    b"'a", b"`a`", "“a b”".encode(), b"\x00a", b"a\n\x00", b"a\n\x00b", b"\x00", b"\x00" * 100,
-    b"a\n" + b"\x00" * 100, "žluťoučký kůň".encode(), "🙂".encode(), b"\xe2\x82", b"\xc0\x80", b"caf\xe9",
-    b"\x1b[31mred",
-    *[place.replace(b"?", byte) for byte in PLAIN
-      for place in (b"?", b"a?b", b"?ab", b"ab?", b"?n:: ?a")],
-]  # fmt: skip
-ECHOED = [
-    # values; kamctl ends a request with a blank line
-    (b"a\nn::v\n", b"a\nn:: v\n"), (b":a\nb:\n", b":a\nb:\n"), (b"", b""), (b"a\n\n:echo:\nb", b"a\n:echo:\nb\n"),
-    (b"a\n", b"a\n"), (b"a\n ", b"a\n"), (b" a\n ", b"a\n"),
-    (b"a\n\n", b"a\n"), (b"a\n\n\n", b"a\n"), (b"\na", b"a\n"), (b"\n\na", b"a\n"), (b"\n", b""),
-    (b"a\n\nb", b"a\nb\n"), (b"a\n\n\n\nb", b"a\nb\n"), (b"a\n   \nb", b"a\nb\n"), (b"a\n\t\nb", b"a\nb\n"),
-    (b"   ", b""), (b"\t\t", b""), (b"\r", b""), (b"a\r", b"a\n"), (b"a\r\nb\r", b"a\nb\n"), (b"a\rb", b"a\\rb\n"),
-    (b"a\r\n\r", b"a\n"), (b"\x0b\x0ca", b"a\n"), (b"a\x0b\x0c", b"a\n"), (b"   a", b"a\n"), (b"a   ", b"a\n"),
-    (b"  a  ", b"a\n"), (b"\ta", b"a\n"), (b"a\t", b"a\n"), (b" ", b""), (b"a \n b", b"a\nb\n"), (b"a\n\t", b"a\n"),
-    (TEN, TEN), (b"uri::sip:user@example.com:5060", b"uri:: sip:user@example.com:5060\n"),
-    (b"[2001:db8::1]:5060", b"[2001:db8:: 1]:5060\n"), (b"addr::2001:db8::1", b"addr:: 2001:db8::1\n"),
-    (b"\\\n", b"\\\n"),
-    # named
-    (b"name::value", b"name:: value\n"), (b"name ::value", b"name:: value\n"),
-    (b" name :: value ", b"name:: value\n"), (b"\tname\t::\tvalue\t", b"name:: value\n"), (b"name::", b"name:: \n"),
-    (b"name::   ", b"name:: \n"), (b"name::\nb", b"name:: \nb\n"), (b"name::\nb::c", b"name:: \nb:: c\n"),
-    (b"name::\n", b"name:: \n"), (b"name::\r", b"name:: \n"), (b"a::\nb::", b"a:: \nb:: \n"),
-    (b"::value", b"value\n"), (b":: value", b"value\n"), (b" ::value", b"value\n"), (b"a::b::c", b"a:: b::c\n"),
-    (b"a:::b", b"a:: :b\n"), (b"a::::b", b"a:: ::b\n"), (b":::", b":\n"), (b"::::", b"::\n"), (b"a ::", b"a:: \n"),
-    (b"ab::", b"ab:: \n"), (b"n" * 50 + b"::", b"n" * 50 + b":: \n"), (b"a::b:", b"a:: b:\n"), (b"a:::", b"a:: :\n"),
-    (b"a::::", b"a:: ::\n"), (b"my name::v", b"my name:: v\n"), (b"my\tname::v", b"my\tname:: v\n"),
-    (b"it's::v", b"it's:: v\n"), (b"n::a b  c", b"n:: a b  c\n"), (b"n::a b  ", b"n:: a b\n"),
-    (b"n::\n  v", b"n:: \nv\n"), (b"n::   \nv", b"n:: \nv\n"), (b"n::v\nplain", b"n:: v\nplain\n"),
-    (b"plain\nn::v", b"plain\nn:: v\n"), (b"a::1\nb::2\nc::3", b"a:: 1\nb:: 2\nc:: 3\n"),
-    (b"a::1\na::2", b"a:: 1\na:: 2\n"), ("naïve::vålue".encode(), "naïve:: vålue\n".encode()),
-    (b"n::v\r", b"n:: v\n"), (b"n::\rv", b"n:: v\n"), (b"name\n::value", b"name\nvalue\n"), (b"::a\n::b", b"a\nb\n"),
-    (b"x\ny::", b"x\ny:: \n"), (b"a::b", b"a:: b\n"), (b"1::2", b"1:: 2\n"), (b"n::\x0bv", b"n:: v\n"),
-    (b"\n\nn::v", b"n:: v\n"), (b"n::v\n", b"n:: v\n"), (b"a::\t", b"a:: \n"), (b"a::\n ", b"a:: \n"),
-    (b"ab ::", b"ab:: \n"), (b"ab   ::", b"ab:: \n"),
-    # quoted
-    (b'"a b"', b"a b\n"), (b'name::"a b"', b"name:: a b\n"), (b'name:: "a b"', b"name:: a b\n"),
-    (b'name::\t"a b"', b"name:: a b\n"), (b'name::\n"a b"', b"name:: \na b\n"), (b'::"a b"', b"a b\n"),
-    (b'  "a b"', b"a b\n"), (b'"a"', b"a\n"), (b'"multi\nline"', b"multi\\nline\n"),
-    (b'n::"multi\nline"', b"n:: multi\\nline\n"), (b'"a\n\n\nb"', b"a\\n\\n\\nb\n"), (b'"\na"', b"\\na\n"),
-    (b'"\n"', b"\\n\n"), (b'"multi\nline"\nb', b"multi\\nline\nb\n"), (b'"a\r\nb"\r', b"a\\r\\nb\n"),
-    (b'"a::b"', b"a::b\n"), (b'n::"a::b"', b"n:: a::b\n"), (b'"  a  "', b"  a  \n"), (b'"   "', b"   \n"),
-    (b'" "', b" \n"), (b'"\t"', b"\t\n"), (b'"esc \\" quote"', b'esc " quote\n'),
-    (b'"esc \\" quote"\nb', b'esc " quote\nb\n'), (b'"esc \\" quote"\nn::v', b'esc " quote\nn:: v\n'),
-    (b'"e\\"q"\n"x y"', b'e"q\nx y\n'), (b'"e\\"q"\nb', b'e"q\nb\n'), (b'"a\\"b\\"c"', b'a"b"c\n'),
-    (b'"a\\"b\\"c"\nd', b'a"b"c\nd\n'), (b'"a\\"\\"b"', b'a""b\n'), (b'"ab\\""', b'ab"\n'), (b'"\\"a"', b'"a\n'),
-    (b'"a\\"b"', b'a"b\n'), (b'"\\""', b'"\n'), (b'"back\\\\slash"', b"back\\\\slash\n"),
-    (b'"back\\slash"', b"back\\slash\n"), (b'"a\\nb"', b"a\\nb\n"), (b'"a\\\nb"', b"a\\\\nb\n"),
-    (b'"a\\xb"', b"a\\xb\n"), (b'"a\\\\\\"b"', b'a\\\\"b\n'), (b'n::"a\\"b"', b'n:: a"b\n'),
-    (b'n::"a\\"b"\nm::c', b'n:: a"b\nm:: c\n'), (b'n::"a\\"b"\n', b'n:: a"b\n'), (b'"a\\"b\\"c"\n', b'a"b"c\n'),
-    (b'"a\\"b"\n"c\\"d"', b'a"b\nc"d\n'), (b'"a\\"\\"\\"\\"\\"b"\nplain', b'a"""""b\nplain\n'),
-    (b'"a\\"\\"\\"\\"\\"b"\nplain text here', b'a"""""b\nplain text here\n'), (b'""', b"\n"), (b'n::""', b"n:: \n"),
-    (b'""\n"x"', b"\nx\n"), (b'""\nb', b"\nb\n"), (b'"x"  ', b"x\n"), (b'"x"\t', b"x\n"), (b'"x"\r', b"x\n"),
-    (b"n::'v'", b"n:: 'v'\n"), (b'"it\'s"', b"it's\n"), (b"'n'::v", b"'n':: v\n"),
-    (b'"\xc3\xbcn\xc3\xaf \xc3\xa7ode"', "ünï çode\n".encode()), (b'"\xff\xfe"', b"\xff\xfe\n"),
-    (b'"a\x00b"', b"a\x00b\n"), (b'"' + b"y" * 1000 + b'"', b"y" * 1000 + b"\n"), (b'"a b"\n', b"a b\n"),
-    (b'"a"\n"b"\n"c"', b"a\nb\nc\n"), (b'"a"\nb\nc::"d e"', b"a\nb\nc:: d e\n"), (b'\t"a"', b"a\n"),
-    (b'n :: "a b" ', b"n:: a b\n"), (b'"a"\r\nb\r', b"a\nb\n"), (b'"a"\x0b', b"a\n"), (b'"a\\\n"', b"a\\\\n\n"),
-    # any byte
-    (b"n\x00m::v", b"n\x00m:: v\n"), (b"n::v\x00w", b"n:: v\x00w\n"), (b'"a"\n\x00', b"a\n\x00\n"),
-    (RAW, RAW.replace(b"\r", b"\\r") + b"\n"),
-    (b'"' + WHOLE + b'"', WHOLE.replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n"),
-    ("jméno::žluťoučký kůň".encode(), "jméno:: žluťoučký kůň\n".encode()),
-    *[(b"n::a%bb" % byte, b"n:: a%bb\n" % byte) for byte in PLAIN],
-    (b"\nab", b"ab\n"), (b"ab\n", b"ab\n"), (b"n::a\nb", b"n:: a\nb\n"),
-    (b"\rab", b"ab\n"), (b"ab\r", b"ab\n"), (b"n::a\rb", b"n:: a\\rb\n"),
-    *[(sent.replace(b"?", white), shown.replace(b"?", white)) for white in (b" ", b"\t", b"\v", b"\f")
-      for sent, shown in ((b"?", b""), (b"?ab", b"ab\n"), (b"ab?", b"ab\n"), (b"n::a?b", b"n:: a?b\n"))],
-]  # fmt: skip
-VECTORS = [  # a line break at the end may be missing
-    *[(request, b"500 command not available\n") for request in NOT_AVAILABLE],
-    *[(b":echo:\n" + sent + end, b"400 parse error in command\n") for sent in PARSE_ERRORS for end in (b"", b"\n")],
-    *[(b":echo:\n" + sent + end, b"200 OK\n" + sent + b"\n") for sent in AS_SENT for end in (b"", b"\n")],
-    *[(b":echo:\n" + sent + end, b"200 OK\n" + shown) for sent, shown in ECHOED for end in (b"", b"\n")],
-]
+PARSE_ERROR = b"400 parse error in command\n"
+
+
+def reference_reader(request):
+    """Answer a request to `echo` as the grammar says it, piece by piece."""
+    if not request.startswith(b":echo:\n"):
+        return b"500 command not available\n"
+    rest, reply = request[7:], b"200 OK\n"
+    while rest:
+        line = re.match(rb'[^"\n]*', rest)[0]
+        mark, rest = rest[len(line) : len(line) + 1], rest[len(line) + 1 :]
+        name, value = [part.strip() for part in line.split(b"::", 1)] if b"::" in line else (b"", line.strip())
+        if mark == b'"':
+            quoted = re.match(rb'((?:\\"|[^"\\]|\\(?!"))*)"[^\S\n]*(?:\n|\Z)', rest)
+            if value or not quoted:
+                return PARSE_ERROR
+            value, rest = quoted[1].replace(b'\\"', b'"'), rest[quoted.end() :]
+        elif not (name or value):
+            if line.strip():
+                return PARSE_ERROR
+            continue
+        node = (name and name + b":: ") + value
+        reply += node.replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n"
+    return reply
+
+
+TOO_LONG = ("500 Internal server error\n", error(-32603, "Internal error"))
 BREACHES = [  # arguments against the grammar, their byte where that shows, and what the log says of them
     ("::\n", 0, "neither"), ('a\nb"c"\n', 3, "inside"), ('é"x"\n', 2, "inside"), ('"x', 0, "not closed"),
     ('"x\\"\n', 0, "not closed"), ('n::v"w"\n', 4, "inside"), ("a\né\n::\nb\n::\n", 5, "neither"),
@@ -363,15 +321,11 @@ SPECIFICATION = [  # the examples in section 7 of the JSON-RPC 2.0 specification
     ('{V, "method": "subtract", "params": [23, 42], "id": 2}', '{V, "result": -19, "id": 2}'),
     ('{V, "method": "subtract", "params": {"subtrahend": 23, "minuend": 42}, "id": 3}', '{V, "result": 19, "id": 3}'),
     ('{V, "method": "subtract", "params": {"minuend": 42, "subtrahend": 23}, "id": 4}', '{V, "result": 19, "id": 4}'),
-    ('{V, "method": "update", "params": [1,2,3,4,5]}', None),
-    ('{V, "method": "foobar"}', None),
+    ('{V, "method": "update", "params": [1,2,3,4,5]}', None), ('{V, "method": "foobar"}', None),
     ('{V, "method": "foobar", "id": "1"}', '{V, "error": {"code": -32601, "message": "Method not found"}, "id": "1"}'),
-    ('{V, "method": "foobar, "params": "bar", "baz]', NOT_JSON),
-    ('{V, "method": 1, "params": "bar"}', INVALID),
-    ('[{V, "method": "sum", "params": [1,2,4], "id": "1"}, {V, "method" ]', NOT_JSON),
-    ("[]", INVALID),
-    ("[1]", f"[{INVALID}]"),
-    ("[1,2,3]", f"[{INVALID}, {INVALID}, {INVALID}]"),
+    ('{V, "method": "foobar, "params": "bar", "baz]', NOT_JSON), ('{V, "method": 1, "params": "bar"}', INVALID),
+    ('[{V, "method": "sum", "params": [1,2,4], "id": "1"}, {V, "method" ]', NOT_JSON), ("[]", INVALID),
+    ("[1]", f"[{INVALID}]"), ("[1,2,3]", f"[{INVALID}, {INVALID}, {INVALID}]"),
     ('[{V, "method": "sum", "params": [1,2,4], "id": "1"}, {V, "method": "notify_hello", "params": [7]},'
      ' {V, "method": "subtract", "params": [42,23], "id": "2"}, {"foo": "boo"},'
      ' {V, "method": "foo.get", "params": {"name": "myself"}, "id": "5"}, {V, "method": "get_data", "id": "9"}]',
@@ -380,22 +334,22 @@ SPECIFICATION = [  # the examples in section 7 of the JSON-RPC 2.0 specification
      ' {V, "result": ["hello", 5], "id": "9"}]'),
     ('[{V, "method": "notify_sum", "params": [1,2,4]}, {V, "method": "notify_hello", "params": [7]}]', None),
 ]  # fmt: skip
-CALLS = [  # members of an object; the code of its error, 0 for a result; the id in the answer
-    *[(b'"jsonrpc":"2.0","method":"nothing","id":' + ident, 0, ident)
-      for ident in (b"1", b"0", b"-5", b"1.5", b"12345678901234567890123", b'"x"', b'""', b'"\\u00e9"', b"null")],
-    (b'"jsonrpc":"2.0","method":"nothing","result":1,"error":2,"id":1', 0, b"1"),
-    (b'"jsonrpc":"2.0","method":"none","id":1.5', -32601, b"1.5"), (b'"method":"nothing","id":"x"', -32600, b'"x"'),
-    (b'"jsonrpc":"1.0","method":"nothing","id":1', -32600, b"1"), (b'"jsonrpc":"2.0","id":1', -32600, b"1"),
-    (b'"jsonrpc":"2.0","method":"nothing","params":"x","id":1', -32600, b"1"), (b'"a":1}{', -32700, b"null"),
-    (b'"jsonrpc":"2.0","method":"nothing","params":null,"id":1', -32600, b"1"), (b'"\xff":1', -32700, b"null"),
-    *[(b'"jsonrpc":"2.0","method":"nothing","id":' + ident, -32600, b"null") for ident in (b"true", b"[1]", b"{}")],
-    *[(b'"jsonrpc":"2.0","method":"nothing","id":' + ident, -32700, b"null") for ident in (b"1e400", b"NaN", b"01")],
+CALLS = [  # of a call its members, the code of its error, 0 for a result, and the id in the answer
+    *[('V,"method":"update","id":' + ident, 0, ident)
+     for ident in ("1", "0", "-5", "1.5", "12345678901234567890123", '"x"', '""', '"\\u00e9"', "null")],
+    *[('V,"method":"update","id":' + ident, -32600, "null") for ident in ("true", "[1]", "{}")],
+    *[('V,"method":"update","id":' + ident, -32700, "null") for ident in ("1e400", "NaN", "01")],
+    *[(f'V,"method":"update","params":{params},"id":1', -32600, "1") for params in ('"x"', "null", "7", "true")],
+    ('V,"method":"update","result":1,"error":2,"id":1', 0, "1"), ('V,"method":"none","id":1.5', -32601, "1.5"),
+    ('"jsonrpc":"1.0","method":"update","id":1', -32600, "1"), ('"jsonrpc":2.0,"method":"update","id":1', -32600, "1"),
+    ('"method":"update","id":"x"', -32600, '"x"'), ('V,"id":1', -32600, "1"), ('"a":1}{', -32700, "null"),
+    ('"\udcff":1', -32700, "null"),
 ]  # fmt: skip
 ANSWERS = [  # what must never be answered, as it is somebody's answer already
     b"", b"2", b"200 OK\n", b"500 command not available\n", b"9" * 70000, b'{"result":"' + b"x" * 70000 + b'"}',
     b'{"error":[]}', b'{"jsonrpc":"2.0","result":1,"id":1}', b' \r\n{"result":null}', b'[{"result":1}]',
-    b'[1,{"error":1}]', b'[{"jsonrpc":"2.0","method":"tick","id":1},{"jsonrpc":"2.0","result":1,"id":1}]',
-    b'[{"result":1}' + b',{"jsonrpc":"2.0","method":"tick","id":1}' * 100 + b"]",
+    b'[1,{"error":1}]', b'[{"jsonrpc":"2.0","method":"burst","id":1},{"jsonrpc":"2.0","result":1,"id":1}]',
+    b'[{"result":1}' + b',{"jsonrpc":"2.0","method":"burst","id":1}' * 100 + b"]",
 ]  # fmt: skip
 LIMITS = {  # of each dialect a request, its reply, the refusal of a longer request, and of a longer reply
     "line": (":%s:\n%s", "200 OK\n%s\n", "400 request too long\n", "500 Internal server error\n"),
@@ -403,7 +357,13 @@ LIMITS = {  # of each dialect a request, its reply, the refusal of a longer requ
              '{"jsonrpc":"2.0","error":{"code":-32600,"message":"Invalid Request"},"id":null}',
              '{"jsonrpc":"2.0","error":{"code":-32603,"message":"Internal error"},"id":7}'),
 }  # fmt: skip
-TREES = [  # what a command returns, its reply below `200 OK`, its result in JSON
+Weird = type("Weird", (Exception,), {"__str__": lambda self: 1 / 0})
+Bare = type("Bare", (CommandError,), {"__init__": lambda self: None})
+Gone, Entry = type("Gone", (Reply,), {}), dataclasses.make_dataclass("Entry", [("key", str), ("ttl", object, None)])
+Color = enum.Enum("Color", {"RED": "red"})
+ENDLESS = []
+ENDLESS.append(ENDLESS)
+TREES = [  # what a command returns, or a function that makes it; its reply below `200 OK`; its result in JSON
     (None, "", "OK"), ("x", "x\n", "x"), ("", "\n", ""), (0, "0\n", 0), (1.5, "1.5\n", 1.5), (False, "false\n", False),
     ([], "", []), ({}, "", {}), ({"a": 1, "b": None}, "a:: 1\nb:: \n", {"a": 1, "b": None}),
     (("x", 2), "x\n2\n", ["x", 2]),
@@ -414,89 +374,138 @@ TREES = [  # what a command returns, its reply below `200 OK`, its result in JSO
     ({"a": Node(None, 1, {"k": 2})}, "a:: 1 k=2\n", {"a": {"value": 1, "attributes": {"k": 2}}}),
     ({"a": Node("b", 1)}, "a:: \n\tb:: 1\n", {"a": {"b": 1}}),
     ([Node("a", 1), Node("a", 2)], "a:: 1\na:: 2\n", [{"a": 1}, {"a": 2}]), (Reply(nodes=["x"]), "x\n", ["x"]),
-    (Reply(), "", "OK"), ({"a\nb": "c\r\nd"}, "a\\nb:: c\\r\\nd\n", {"a\nb": "c\r\nd"}),
+    (Reply(), "", "OK"), (Reply(nodes=0), "0\n", 0), ({"a\nb": "c\r\nd"}, "a\\nb:: c\\r\\nd\n", {"a\nb": "c\r\nd"}),
     (Node(None, None, {"k\n": "\r"}), " k\\n=\\r\n", {"k\n": "\r"}),
     ("a\u2028\x0b\x85b", "a\u2028\x0b\x85b\n", "a\u2028\x0b\x85b"),
+    # what neither dialect knows by itself
+    ({7}, "7\n", [7]), (lambda: (n for n in (1, 2)), "1\n2\n", [1, 2]),
+    ({"a": {"b": 1}.items()}, "a:: \n\t\n\t\tb\n\t\t1\n", {"a": [["b", 1]]}), (range(2), "0\n1\n", [0, 1]),
+    (types.MappingProxyType({"a": 1}), "a:: 1\n", {"a": 1}),
+    (Entry("k"), "key:: k\nttl:: \n", {"key": "k", "ttl": None}),
+    ([Entry("k", {1})], "\n\tkey:: k\n\tttl:: \n\t\t1\n", [{"key": "k", "ttl": [1]}]),
+    ({"a": datetime.date(2026, 1, 2)}, "a:: 2026-01-02\n", {"a": "2026-01-02"}),
+    ([Decimal("1.50")], "1.50\n", ["1.50"]), (uuid.UUID(int=5), f"{uuid.UUID(int=5)}\n", str(uuid.UUID(int=5))),
+    (Path("/a"), "/a\n", "/a"), (Color.RED, "Color.RED\n", "Color.RED"),
+    (b"\xc3\xa9", "é\n", "é"),
+    *[(type("Odd", (kind,), {"__str__": lambda self: "odd"})(value), f"{value}\n", value)
+      for kind, value in ((int, 1), (float, 0.5), (str, "a"))],
+    ([bytearray(b"a"), memoryview(b"b")], "a\nb\n", ["a", "b"]),
 ]  # fmt: skip
-BINDINGS = [  # signature, values by position, values by name, what the command gets; None: they do not match
-    ("", [], {}, {}), ("", ["x"], {}, None), ("", [], {"a": "x"}, None), ("a", ["x"], {}, {"a": "x"}),
-    ("a", [], {"a": "x"}, {"a": "x"}), ("a", [], {}, None), ("a", ["x", "y"], {}, None), ("a", ["x"], {"a": "y"}, None),
-    ("a", [], {"b": "x"}, None), ("a", ["x"], {"b": "y"}, None), ("a, b='d'", ["x"], {}, {"a": "x", "b": "d"}),
-    ("a, b='d'", ["x"], {"b": "y"}, {"a": "x", "b": "y"}), ("a, b='d'", [], {"b": "y", "a": "x"}, {"a": "x", "b": "y"}),
-    ("a, b='d'", [], {"b": "y"}, None), ("a='d', b='e'", [], {"b": "y"}, {"a": "d", "b": "y"}),
-    ("*rest", [], {}, {"rest": ()}), ("*rest", ["x", "y"], {}, {"rest": ("x", "y")}),
-    ("*rest", [], {"rest": "x"}, None), ("a, *rest", [], {}, None),
-    ("a, *rest", ["x", "y"], {}, {"a": "x", "rest": ("y",)}),
-    ("*rest, k='d'", ["x"], {"k": "y"}, {"rest": ("x",), "k": "y"}), ("*, k", [], {"k": "x"}, {"k": "x"}),
-    ("*, k", ["x"], {}, None), ("*, k", [], {}, None), ("*, k='d'", [], {}, {"k": "d"}),
-    ("a, /, b", ["x"], {"b": "y"}, {"a": "x", "b": "y"}), ("a, /", [], {"a": "x"}, None), ("**names", ["x"], {}, None),
-    ("**names", [], {"k": "x", "l": "y"}, {"names": {"k": "x", "l": "y"}}), ("a, **names", ["x"], {"a": "y"}, None),
-    ("a, **names", ["x"], {"k": "y"}, {"a": "x", "names": {"k": "y"}}), ("a, /, **names", [], {"a": "y"}, None),
-    ("a, /, **names", ["x"], {"a": "y"}, {"a": "x", "names": {"a": "y"}}),
-    ("a='d', /, **names", [], {"a": "y"}, {"a": "d", "names": {"a": "y"}}),
-    ("request, self='d'", [], {"request": "x", "self": "y"}, {"request": "x", "self": "y"}),
+NOT_FOUND, FAILED = error(-32601, "Method not found"), ("500 command failed\n", error(-32000, "Server error"))
+FAILURES = [  # what a command returns or raises, its reply, its answer in JSON
+    *[(failure("secret"), *FAILED) for failure in (ValueError, SystemExit, KeyboardInterrupt, RecursionError,
+     MemoryError, GeneratorExit)],
+    (Weird(), *FAILED), (ENDLESS, *FAILED), ([Weird()], *FAILED), (float("nan"), "200 OK\nnan\n", FAILED[1]),
+    (Bare(), FAILED[0], error(500, "command failed")), (CommandError(404, Weird()), *FAILED),
+    (CommandError(404, "x" * 70000), *TOO_LONG), (CommandError(404, "Gone", Weird()), "404 Gone\n", FAILED[1]),
+    (CommandError(404, "\ud800"), FAILED[0], error(404, "\ud800")),
+    (CommandError(404, "Not\r\nFound"), "404 Not\\r\\nFound\n", error(404, "Not\r\nFound")),
+    (Gone(404, "Gone"), "404 Gone\n", error(404, "Gone")),
+    (CommandError(404, "Gone", [7]), "404 Gone\n", error(404, "Gone", [7])),
+    (Reply(404, "Gone", {"a": 1}), "404 Gone\na:: 1\n", error(404, "Gone", {"a": 1})), ("x" * 70000, *TOO_LONG),
 ]  # fmt: skip
+SIGNATURES = [
+    "", "a", "a, b='d'", "a='d', b='e'", "*rest", "a, *rest", "*rest, k='d'", "*, k", "*, k='d'", "a, /, b", "a, /",
+    "**names", "a, **names", "a, /, **names", "a='d', /, **names", "a, b='d', *rest, k, **names", "self='d'",
+]  # fmt: skip
+GIVEN = [{}, *map(dict.fromkeys, ("a", "b", "k", "ab", "ba", "bk", ["self", "a"], ["request"]))]
 BAD = "refused"
-CONVERSIONS = [  # dialect, annotation, what is sent, what the command gets of it
-    *[("line", *row) for row in [
-        ("int", "42", 42), ("int", "-7", -7), ("int", "x", BAD), ("int", "1_0", BAD), ("float", "1_0", BAD), ("int", '""', BAD),
-        ("float", "2", 2.0), ("float", "1.5", 1.5), ("float", "x", BAD), ("str", "5", "5"), ("str", '""', ""),
-        *[("bool", word, True) for word in ("true", "yes", "on", "1")], ("bool", "2", BAD),
-        *[("bool", word, False) for word in ("false", "no", "off", "0")], ("bool", "x", BAD),
-        *[(kind, "5", 5) for kind in ("Optional[int]", "typing.Union[int, None]", "int | None", "None|int")],
-        *[(kind, "x", BAD) for kind in ("Optional[int]", "int | None", "Optional[bool]", "float | None")],
-        ("typing.List[int]", "5", "5"),
-        *[(kind, "5", "5") for kind in ("list", "Unknown", "Optional[Unknown]", "Optional[str]", "int | str")],
-    ]],
-    *[("json", *row) for row in [
-        ("int", 42, 42), ("int", True, BAD), ("int", "42", BAD), ("int", 1.5, BAD), ("int", None, BAD),
-        ("int", [1], BAD), ("float", 1.5, 1.5), ("float", 2, 2.0), ("float", True, BAD), ("float", "1.5", BAD),
-        ("float", 10**400, BAD), ("bool", True, True), ("bool", 1, BAD), ("bool", "true", BAD), ("str", "5", "5"),
-        ("str", 5, BAD), ("str", None, BAD), ("Optional[int]", None, None), ("int | None", None, None),
-        ("int | None", 5, 5), ("int | None", True, BAD), ("Optional[str]", 5, BAD), ("Unknown", True, True),
-        ("int | str", 5, 5), ("list", [1, {"a": None}], [1, {"a": None}]), ("list[int]", [1, 2], [1, 2]),
-    ]],
+CONVERSIONS = [  # annotation, what is sent, a text in both dialects and anything else in JSON, what the command gets
+    *[("int", sent, sent) for sent in (42, -7, 0, 10**30)], *[("int", f"{sent}", sent) for sent in (42, -7)],
+    ("int", 5.0, 5), *[("int", sent, BAD) for sent in ("x", "1_0", "", "5.0", 1.5, True, None, [1], {"a": 1})],
+    *[("float", sent, float(sent)) for sent in (1.5, 2, "2", "1.5", "-1e3")],
+    *[("float", sent, BAD) for sent in ("x", "1_0", "", "inf", "nan", "1e999", "9" * 60_000, 10**400, True, None, [])],
+    *[("bool", sent, True) for sent in ("true", "yes", "on", "1", "YES", True, 1, 1.0)],
+    *[("bool", sent, False) for sent in ("false", "no", "off", "0", False, 0)],
+    *[("bool", sent, BAD) for sent in ("x", "2", "", 2, 0.5, None, [])],
+    *[("str", sent, str(sent)) for sent in ("5", "", "a b", 5, 1.5, -7)],
+    *[("str", sent, BAD) for sent in (True, None, [], {})],
+    *[(kind, sent, got) for kind in ("Optional[int]", "typing.Union[int, None]", "int | None", "None|int")
+     for sent, got in (("5", 5), (5, 5), (5.0, 5), ("", None), (None, None), ("x", BAD), (True, BAD), ([], BAD))],
+    *[("Optional[str]", sent, got) for sent, got in (("", ""), ("5", "5"), (5, "5"), (None, None), (True, BAD))],
+    ("Optional[bool]", "", None), ("Optional[bool]", "x", BAD), ("float | None", "x", BAD),
+    ("float | None", None, None),
+    *[(kind, sent, sent) for kind in ("list", "Unknown", "Optional[Unknown]", "int | str", "typing.List[int]",
+     "typing.Any") for sent in ("5", "", 5, True, None, [1, {"a": None}])],
 ]  # fmt: skip
 LATE = [  # what the holder of a Deferred does, its line reply, its answer in JSON
     (lambda d: d.reply({"a": 1}), b"200 OK\na:: 1\n", {"a": 1}), (lambda d: d.reply(), b"200 OK\n", "OK"),
     (lambda d: d.fail(404, "Not Found"), b"404 Not Found\n", {"code": 404, "message": "Not Found"}),
     (lambda d: d.reply("x" * 70000), b"500 Internal server error\n", {"code": -32603, "message": "Internal error"}),
 ]  # fmt: skip
-COUNTED = {  # what counts a request of each dialect
+COUNTED = {  # what counts a request of each dialect, or the command and the value that do in both
     "parse_errors": (b":echo:\n::\n", b"{"), "invalid_requests": (b":\n", b"{}"),
-    "unknown_commands": (b":none:\n", b'{"jsonrpc":"2.0","method":"none","id":1}'),
-    "bad_arguments": (b":nothing:\nx\n", b'{"jsonrpc":"2.0","method":"nothing","params":["x"],"id":1}'),
-    "bad_parameters": (b":give:\nx\n", b'{"jsonrpc":"2.0","method":"give","params":["x"],"id":1}'),
-    "command_errors": (b":give:\n404\n", b'{"jsonrpc":"2.0","method":"give","params":[404],"id":1}'),
-    "failed_commands": (b":give:\n-1\n", b'{"jsonrpc":"2.0","method":"give","params":[-1],"id":1}'),
-    "too_long_replies": (b":give:\n70000\n", b'{"jsonrpc":"2.0","method":"give","params":[70000],"id":1}'),
     "too_long_requests": (b":echo:\n" + b"x" * 70000, b'{"method":' + b" " * 70000 + b"}"),
+    "unknown_commands": ("none", 1), "ambiguous_commands": ("same", 1), "bad_arguments": ("nothing", 1),
+    "bad_parameters": ("give", "x"), "command_errors": ("give", 404), "failed_commands": ("give", -1),
+    "too_long_replies": ("give", 70000),
 }  # fmt: skip
-STATISTICS = {"cache:hits": 3, "cache:size": 7, "other:hits": 1}
-SELECTIONS = [  # the names given to get_statistics, and what they select
-    (["cache:"], ["cache:hits", "cache:size"]), (["hits"], ["cache:hits", "other:hits"]),
-    (["cache:size"], ["cache:size"]), (["size", "cache:"], ["cache:size", "cache:hits"]),
-    (["none", "size"], ["cache:size"]), (["none"], []), (["none:"], []), (["cache"], []), (["cache:hit"], []),
-    ([""], []),
-]  # fmt: skip
 CORE = [
-    "arg", "clear_statistics", "debug", "get_statistics", "help", "kill", "ps", "pwd", "reset_statistics", "threads",
-    "uptime", "version", "which",
+    "arg", "clear_statistics", "debug", "get_statistics", "help", "kill", "list_statistics", "log_level", "ps", "pwd",
+    "reset_all_statistics", "reset_statistics", "threads", "uptime", "version", "which",
 ]  # fmt: skip
-DATE = rb"[A-Z][a-z][a-z] [A-Z][a-z][a-z] [ \d]\d \d\d:\d\d:\d\d \d{4}"
-CORE_REPLIES = [  # core commands, and their replies as the original has them
-    (b"uptime:\n", rb"Now:: %b\nUp since:: %b\nUp time:: \d+ \[sec\]\n" % (DATE, DATE)),
-    (b"version:\n", rb"Server:: probe \(1\.2\)\n"),
-    (b"pwd:\n", rb"WD:: %b\n" % re.escape(os.fsencode(os.getcwd()))),
-    (b"ps:\n", rb"Process::  ID=0 PID=%d Type=[^\n]+\n" % os.getpid()),
-    (b"arg:\n", b"".join([re.escape(os.fsencode(argument)) + b"\n" for argument in sys.argv])),
-    (b"debug:\n", rb"DEBUG:: 0\n"),
-    (b"which:\n", "".join([f"{command}\n" for command in sorted([*CORE, "flush"])]).encode()),
-    (b"which:\nflush\n", rb"\n\tzone\n\n\tzone\n\tlimit\n(.*\n)*"),
-    (b"help:\n", rb"(.*\n)*flush:: Drop the entries of ZONE\.\n(.*\n)*"),
-    (b"help:\nflush\n", rb".*flush.*ZONE.*LIMIT.*\n(.*\n)?\tDrop the entries of ZONE\.\n(.*\n)*\tAt most LIMIT\.\n"),
-    (b"get_statistics:\nall\n", rb"(\w+:\w+:: \d+\n)+"),
-    (b"threads:\n", rb"(Thread:: [^\n]+\n(\t[^\n]+:\d+ [^\n]+\n)+)+"),
+DATE = r"[A-Z][a-z][a-z] [A-Z][a-z][a-z] [ \d]\d \d\d:\d\d:\d\d \d{4}"
+CORE_REPLIES = [  # core commands in the line dialect, and their replies as the original has them
+    ("uptime:\n", rf"Now:: {DATE}\nUp since:: {DATE}\nUp time:: \d+ \[sec\]\n"),
+    ("version:\n", r"Server:: probe \(1\.2\)\n"), ("pwd:\n", rf"WD:: {re.escape(os.getcwd())}\n"),
+    ("ps:\n", rf"Process::  ID=0 PID={os.getpid()} Type=[^\n]+\nProcess::  ID=2 PID=7 Type=child\n"),
+    ("arg:\n", "".join([re.escape(argument) + "\n" for argument in sys.argv])), ("debug:\n", r"DEBUG:: 0\n"),
+    ("log_level:\n", r"Log level:: 1\n"), ("kill:\n", ""),
+    ("which:\n", "".join([f"{command}\n" for command in sorted([*CORE, "flush", "size"])])),
+    ("which:\nflush\n", "\n\tzone\n\n\tzone\n\tlimit\n"), ("which:\ncache:\n", "size\n"),
+    ("help:\n", r"(.*\n)*flush:: Drop the entries of ZONE\.\n(.*\n)*size:: \n(.*\n)*"),
+    ("help:\nsize\n", "Usage:: size\n"),
+    ("help:\nflush\n", r"Usage:: flush ZONE \[LIMIT\]\nHelp:: \n\tDrop the entries of ZONE\.\n\t\n\tAt most LIMIT\.\n"),
+    ("get_statistics:\nall\n", r"(\w+:\w+:: \d+\n)+"), ("threads:\n", r"(Thread:: [^\n]+\n(\t[^\n]+:\d+ [^\n]+\n)+)+"),
+    ("get_statistics:\nsize\nnone\nhits\n", "cache:size:: 7\ncache:hits:: 3\nother:hits:: 1\n"),
+    ("clear_statistics:\ncache:hits\n", "cache:hits:: 3\n"), ("reset_statistics:\nother:\n", ""),
+    ("get_statistics:\ncache:\nother:\n", "cache:hits:: 0\ncache:size:: 7\nother:hits:: 0\n"),
+    ("list_statistics:\ncache:\n", "cache:hits:: incremental\ncache:size:: non-incremental\n"),
+]  # fmt: skip
+BAD_PARAMS, CHILD, GONE = (-32602, "Invalid params"), {"ID": 2, "PID": 7, "Type": "child"}, error(404, ".+ Not Found")
+BAD_LEVEL = error(*BAD_PARAMS, "Bad type for parameter 'level'")
+BAD_NUMBER = error(*BAD_PARAMS, "Too few or too many parameters")
+CWD, ARGUMENTS, BOTH = re.escape(os.getcwd()), [*map(re.escape, sys.argv)], {"cache:size": 7, "other:hits": 1}
+SHAPES = [  # names of a command, its params, the answer, of texts a pattern, as OpenSIPS 4 and Kamailio 5 have it
+    ("uptime core:uptime", [], {"Now": DATE, "Up since": DATE, "Up time": r"\d+ \[sec\]"}),
+    ("pwd core:pwd", [], {"WD": CWD}), ("version core:version", {}, {"Server": r"probe \(1\.2\)"}),
+    ("version core.version", ["a", "b"], BAD_NUMBER), ("get_statistics reset", [], BAD_NUMBER),
+    ("arg core:arg core.arg", [], ARGUMENTS),
+    ("version", {"x": 1}, error(*BAD_PARAMS, "Named parameters do not match")), ("debug core:debug", [], {"DEBUG": 0}),
+    ("ps core:ps", [], {"Processes": [{"ID": 0, "PID": os.getpid(), "Type": ".+"}, CHILD]}),
+    ("log_level core:log_level", [], {"Log level": 1}), ("which core:which", ["log_level"], [[], ["level"]]),
+    *[("log_level", [level], {"New global log level": int(level)}) for level in (4, "3", 2.0, "-3", "0", "1")],
+    *[("log_level debug", [level], BAD_LEVEL) for level in ("x", True, 5, -6, [])],
+    ("which", ["cache:"], ["cache:size"]), ("which", {"command": "core:kill"}, [[]]),
+    ("which", ["get_statistics"], [["statistics"]]), ("which", ["list"], [[], ["statistics"]]),
+    ("which", ["take"], [[], ["k"]]), ("which help", ["none"], GONE),
+    ("which", ["statistics:"], [f"statistics:{name}" for name in ("clear", "get", "list", "reset", "reset_all")]),
+    ("help core:help", ["uptime"], {"Help": "Tell the time.*", "Exported by": "core", "Usage": "uptime"}),
+    ("help", {"mi_cmd": "statistics:get"}, {"Help": ".+", "Exported by": "statistics", "Usage": "get_statistics .+"}),
+    ("help", {"command": "size"}, {"Help": "", "Exported by": "cache", "Usage": "cache:size"}),
+    ("which", ["none:"], GONE),
+    ("help", ["flush"], {"Help": "D(.*\n)+At most LIMIT.", "Exported by": "probe", "Usage": r"flush ZONE \[LIMIT\]"}),
+    *[("get_statistics statistics:get", params, BOTH)
+     for params in ({"statistics": ["size", "other:"]}, [["size", "other:"]], ["size", "other:"])],
+    ("get_statistics", {"statistics": []}, error(*BAD_PARAMS, "Empty array in parameter 'statistics'")),
+    ("get_statistics list", [["none", "", "none:", "cache", "cache:hit"]], GONE),
+    ("list_statistics list", [["cache:"]], {"cache:hits": "incremental", "cache:size": "non-incremental"}),
+    ("reset_statistics reset", {"statistics": ["cache:"]}, "OK"), ("get", ["hits"], {"cache:hits": 0, "other:hits": 1}),
+    ("clear_statistics", ["other:"], {"other:hits": 1}), ("reset_all_statistics reset_all", [], "OK"),
+    ("kill core:kill", [], "OK"), ("core.uptime", [], {"now": DATE, "up_since": DATE, "uptime": 0}),
+    ("core.psx", [], [{"IDX": 0, "PID": os.getpid(), "DSC": ".+"}, {"IDX": 2, "PID": 7, "DSC": "child"}]),
+    ("core.version", [], r"probe \(1\.2\)"), ("core.pwd", [], [CWD]), ("system.methodHelp", ["ps"], "List the .+"),
+    ("system.methodHelp", [], error(400, "Method Name Expected")),
+    ("system.methodHelp", ["core.uptime"], "Tell the time.+"),
+    ("system.methodHelp", ["none"], error(400, "command not found")),
+    ("system.listMethods", [], [
+        "cache:size", "core.arg", "core.psx", "core.pwd", "core.uptime", "core.version", "flush", "stats.fetch",
+        "stats.fetchn", "stats.get_statistics", "system.listMethods", "system.methodHelp", "take"]),
+    ("stats.get_statistics", ["cache:", "other:hits"], ["cache:hits = 0", "cache:size = 7", "other:hits = 0"]),
+    ("stats.fetch", ["size"], {"cache.size": "7"}), ("stats.fetchn", ["size"], {"cache.size": 7}),
+    ("stats.get_statistics", ["none"], []), ("stats.fetch stats.fetchn", ["none"], {}),
+    ("stats.get_statistics stats.fetch stats.fetchn", [], error(400, "Please provide which stats to retrieve")),
+    ("core.ps core:none system: :ps core psx", [], NOT_FOUND),
 ]  # fmt: skip
 FORBIDDEN = [  # what a peer may not ask, and the command that `authorize` hears of, call by call
     (b":nothing:\n", ["nothing"]), (b":nothing:\n::\n", ["nothing"]), (b":nothing:\ntoo many\n", ["nothing"]),
@@ -557,24 +566,43 @@ def test_the_protocol_knows_no_sockets():
 # ------------------------------------------------------------------ the line dialect ----
 
 
-def test_recorded_requests_are_answered_as_recorded(name):
-    """Each gets its reply, with and without a socket, from the address that it went to; no reply is answered."""
-    mi = interface()
-    with serving(mi, name) as server, client_socket(server, connect=True) as sock:
-        for request, reply in VECTORS:
-            sock.send(request)
-            assert (request, mi.answer(request), sock.recv(1 << 16), mi.answer(reply)) == (request, reply, reply, None)
+def test_requests_are_read_as_recorded_and_as_the_grammar_says():
+    """Whatever stands together in a request is read as the reference reader does, which reads what is recorded so."""
+    mi, rng = interface(), random.Random(3)
+    replies = {b":echo:\n" + sent: PARSE_ERROR if shown is None else b"200 OK\n" + shown for sent, shown in RECORDED}
+    assert replies == {request: reference_reader(request) for request in replies}
+    pieces = (b"a", b":", b"::", b'"', b'\\"', b" ", b"\n", b"\r")
+    bodies = [b"".join(body) for count in range(5) for body in itertools.product(pieces, repeat=count)]
+    bodies += [b"".join(rng.choices(pieces, k=rng.randrange(5, 14))) for _ in range(10_000)]
+    places = (b"?", b"a?b", b"?ab", b"ab?", b"n::a?b", b"?n::v", b'"?"', b'n::"?" ', b'"a"?')
+    bodies += [place.replace(b"?", bytes([byte])) for byte in range(256) for place in places]
+    heads = [b"".join(head) for head in itertools.product((b":", b"echo", b"\n", b" ", b"\r", b"\0", b"x"), repeat=5)]
+    heads += [b":ECHO:\n", b"::echo:\n", ":échø:\n".encode(), b":\xe9cho:\n", b"\xef\xbb\xbf:echo:\n", b":" + b"x" * 999]
+    for request in [*heads, *[b":echo:\n" + body for body in bodies]]:
+        replies[request] = reference_reader(request)
+    answers = [(request, reply, mi.answer(request)) for request, reply in replies.items()]
+    assert not [answer for answer in answers if answer[1] != answer[2]]
 
 
-@pytest.mark.parametrize("arguments, position, what", BREACHES)
-def test_log_says_where_a_request_breaks_the_grammar(arguments, position, what, caplog):
-    """The peer hears `400`; the log and parse_request's error say what is wrong, and at which byte."""
-    request = b":nothing:\n" + arguments.encode()
-    assert interface().answer(request) == b"400 parse error in command\n"
-    with pytest.raises(mi_datagram.RequestError) as caught:
-        mi_datagram.parse_request(request)
-    assert caught.value.position == position + 10
-    assert re.search(rf"{what}.* at byte {position + 10}'", caplog.text) and what in str(caught.value)
+def test_recorded_requests_are_answered_over_a_socket(name):
+    """Each gets its reply from the address that it went to, and no reply is answered."""
+    with serving(interface(), name) as server, client_socket(server, connect=True) as sock:
+        for sent, _ in RECORDED:
+            reply = ask(server, b":echo:\n" + sent, sock)
+            assert reply == reference_reader(b":echo:\n" + sent) and server.interface.answer(reply) is None
+
+
+def test_errors_say_what_is_wrong_and_where(caplog):
+    """A breach of the grammar is logged with its byte and `400` for the peer; format_request names what it refuses."""
+    for arguments, position, what in BREACHES:
+        request = b":nothing:\n" + arguments.encode()
+        with pytest.raises(mi_datagram.RequestError, match=what) as caught:
+            mi_datagram.parse_request(request)
+        assert caught.value.position == position + 10 and interface(core=[]).answer(request) == PARSE_ERROR
+        assert re.search(rf"{what}.* at byte {position + 10}'", caplog.records[-1].getMessage())
+    for command, values, named, culprit in REFUSED:
+        with pytest.raises(mi_datagram.RequestError, match=re.escape(culprit)):
+            mi_datagram.format_request(command, *values, **named)
 
 
 def random_text(rng, alphabet):
@@ -583,45 +611,34 @@ def random_text(rng, alphabet):
 
 def test_requests_come_back_from_their_bytes():
     """What the grammar can carry comes back from parse_request(format_request(...)), and nothing else is written."""
-    rng, white, refused = random.Random(1), " \t\n\v\f\r", 0
-
-    def text():
-        return random_text(rng, "ab:\\\"\n\r \t\x0b\0,'é\x85\udcff")
-
+    rng, refused = random.Random(1), 0
     for _ in range(20_000):
-        command, values = text().replace("\n", ""), [text() for _ in range(rng.randrange(3))]
-        named = {text() or "n": text() for _ in range(rng.randrange(3))}
-        quoted = [v for v in [*values, *named.values()] if v != v.strip(white) or re.search('["\n]', v)]
-        possible = command and ":" not in command and not any(value.endswith("\\") for value in quoted)
-        possible = possible and not any(n != n.strip(white) or re.search(r'"|\n|::|:\Z', n) for n in named)
+        command, *texts = [random_text(rng, "ab:\\\"\n\r \t\x0b\0,'é\x85\udcff") for _ in range(5)]
+        values, named = texts[: rng.randrange(3)], {name or "n": value for name, value in zip(texts[3:], texts[2:])}
+        quoted = [v for v in [*values, *named.values()] if v != v.strip(" \t\n\v\f\r") or re.search('["\n]', v)]
+        impossible = not re.fullmatch("[^:\n]+", command) or any(value.endswith("\\") for value in quoted)
+        impossible |= any(name != name.strip(" \t\n\v\f\r") or re.search(r'"|\n|::|:\Z', name) for name in named)
         try:
             request = mi_datagram.parse_request(mi_datagram.format_request(command, *values, **named))
         except mi_datagram.RequestError:
-            assert not possible, (command, values, named)
+            assert impossible, (command, values, named)
             refused += 1
         else:
-            assert request.command == command
+            assert not impossible and request.command == command
             assert request.arguments == [("", value) for value in values] + list(named.items())
     assert 2_000 < refused < 18_000
-
-
-@pytest.mark.parametrize("command, values, named, culprit", REFUSED)
-def test_format_request_names_what_it_refuses(command, values, named, culprit):
-    """The text of the error has what cannot be written."""
-    with pytest.raises(mi_datagram.RequestError, match=re.escape(culprit)):
-        mi_datagram.format_request(command, *values, **named)
 
 
 def test_replies_come_back_from_their_bytes():
     """parse_reply(format_reply(...)) gives back code, reason, depths, names and values, at any indent."""
     rng = random.Random(2)
 
-    def text(alphabet):
-        return rng.choice("ab\0é") + re.sub(":: ", "", random_text(rng, alphabet))
+    def text():
+        return rng.choice("ab\0é") + random_text(rng, 'ab: \t\0"é\x0b\x85\u2028\udcff').replace(":: ", "")
 
     def tree(depth):
-        names = [text('ab: \t\0"é\x0b\x85\u2028\udcff') for _ in range(rng.randrange(4) if depth < 4 else 0)]
-        return [Node(rng.choice([name, None]), text('ab: \t\0"é\x85\u2028'), {}, tree(depth + 1)) for name in names]
+        count = rng.randrange(4) if depth < 4 else 0
+        return [Node(rng.choice([text(), None]), text(), {}, tree(depth + 1)) for _ in range(count)]
 
     def flat(nodes, depth=0):
         return [line for n in nodes for line in [(depth, n.name, n.value), *flat(n.children, depth + 1)]]
@@ -653,95 +670,63 @@ def test_time_grows_with_the_size_alone(part):
 # ------------------------------------------------- the JSON-RPC 2.0 dialect ----
 
 
-def rpc(mi, method, params=(), answer=None):
-    """Call METHOD by JSON-RPC; give the result or the error, None for no reply."""
-    reply = (answer or mi.answer)(json.dumps({"jsonrpc": "2.0", "method": method, "params": params, "id": 1}).encode())
-    return next(value for key, value in json.loads(reply).items() if key in ("result", "error")) if reply else None
-
-
-def error(code, message, data=None):
-    return {"code": code, "message": message, **({"data": data} if data else {})}
-
-
-@pytest.mark.parametrize("request_, reply", SPECIFICATION)
-def test_examples_of_the_specification(request_, reply):
-    """Each is answered as the specification prints it, compact, and nobody answers the answer."""
-    mi = Interface()
+def test_json_is_read_as_the_specification_says():
+    """Each of its examples is answered as printed there, compact, ids come back as sent, and no answer is answered."""
+    mi, version, numbers = Interface(core=[]), '"jsonrpc":"2.0"', []
     mi.command(lambda minuend, subtrahend: minuend - subtrahend, name="subtract")
     mi.command(lambda *numbers: sum(numbers), name="sum")
     mi.command(lambda: ["hello", 5], name="get_data")
+    mi.command(lambda: numbers.append(1), name="burst")
     for name in ("update", "notify_sum", "notify_hello"):
-        mi.command(lambda *values: values, name=name)
-    version = '"jsonrpc": "2.0"'
-    answer = mi.answer(request_.replace("V", version).encode())
-    assert answer == (reply and json.dumps(json.loads(reply.replace("V", version)), separators=(",", ":")).encode())
-    assert answer is None or mi.answer(answer) is None
-
-
-@pytest.mark.parametrize("members, code, ident", CALLS)
-def test_ids_and_errors_of_calls(members, code, ident):
-    """The id comes back as it was sent; what is no call gets an error, with the id where there is a good one."""
-    reply = interface().answer(b" \n{" + members + b"}")
-    assert reply.endswith(b',"id":' + ident + b"}") and json.loads(reply).get("error", {"code": 0})["code"] == code
+        mi.command(lambda *values: None, name=name)
+    for request, reply in SPECIFICATION:
+        answer = mi.answer(request.replace("V", version).encode())
+        assert answer == (reply and json.dumps(json.loads(reply.replace("V", version)), separators=(",", ":")).encode())
+        assert answer is None or mi.answer(answer) is None
+    for members, code, ident in CALLS:
+        reply = mi.answer((" \n{" + members.replace("V", version) + "}").encode("utf-8", "surrogateescape")).decode()
+        assert reply.endswith(f',"id":{ident}}}') and json.loads(reply).get("error", {}).get("code", 0) == code, members
+    before = count(mi, "not_requests")
+    assert [mi.answer(answer) for answer in ANSWERS] == [None] * len(ANSWERS) and not numbers
+    assert count(mi, "not_requests") == before + len(ANSWERS)
 
 
 def test_deep_and_huge_json_gets_an_answer():
-    """A value nested to any depth, or a number of any length, comes back or gets an error."""
-    values = ["[" * depth + "]" * depth for depth in (1, 90, *range(900, 1100, 5), 3000, 32_000)] + ["[" * 60_000]
-    for value in values + ["9" * length for length in (100, 4300, 4301, 60_000)]:
-        reply = interface().answer(b'{"jsonrpc":"2.0","method":"echo","params":[%b],"id":1}' % value.encode())
-        assert value.encode() in reply or (len(value) > 1000 and b'"error"' in reply)
-
-
-NESTED = """
-import threading, mi_datagram
-threading.stack_size(256 * 1024)
-answers = []
-def work():
-    for data in (b"[" * 20000, b'{"a":' * 12000, b'["[[", ' + b"[" * 9000):
-        answers.append(mi_datagram.Interface().answer(data))
-thread = threading.Thread(target=work)
-thread.start(); thread.join()
-print(set(answers))
-"""
-
-
-def test_nesting_without_end():
-    """JSON nested deeper than any stack is a parse error, in a thread with a small stack too; what is less is read."""
-    done = program(NESTED, "-")
-    assert done.stdout.count("-32700") == 1 and done.returncode == 0, done.stderr
-    deep = mi_datagram.NESTING - 2  # less the object and its params
+    """A value nested to the allowed depth, or a number, comes back; deeper is a parse error, on a small stack too."""
+    mi, deep, replies = interface(core=[]), mi_datagram.NESTING - 2, []  # less the object and its params
     for filler in ("", "[]" * 500, '\\"[' * 300):
         value = json.dumps([filler]) if filler else "1"
         for depth, code in ((deep - bool(filler), None), (mi_datagram.NESTING, -32700)):
             call = '{"jsonrpc":"2.0","id":1,"method":"echo","params":[' + "[" * depth + value + "]" * depth + "]}"
-            assert json.loads(interface().answer(call.encode())).get("error", {}).get("code") == code
+            assert json.loads(mi.answer(call.encode())).get("error", {}).get("code") == code
+    for digits in (100, 4300, 4301, 60_000):
+        reply = mi.answer(b'{"jsonrpc":"2.0","method":"echo","params":[%b],"id":1}' % (b"9" * digits))
+        assert b"9" * digits in reply or (digits > 4300 and b'"error"' in reply)
+    before = threading.stack_size(256 * 1024)
+    try:
+        requests = (b"[" * 60_000, b'{"a":' * 12_000, b'["[[", ' + b"[" * 9000)
+        in_thread(lambda: replies.extend(map(mi.answer, requests))).join(DEADLINE)
+    finally:
+        threading.stack_size(before)
+    assert len(replies) == 3 and all(b"-32700" in reply for reply in replies)
 
 
 def test_batches_and_notifications():
     """Up to 64 calls run and are answered in order, of more none; without an id a call runs and is never answered."""
-    mi, calls = interface(), []
+    mi, calls = interface(core=[]), []
     mi.command(lambda n: calls.append(n), name="tick")
     mi.command(lambda length: "x" * length, name="fill")
 
-    def answers(method, values):
+    def batch(method, values):
         made = [{"jsonrpc": "2.0", "method": method, "params": [n], "id": n} for n in values]
         return json.loads(mi.answer(json.dumps(made).encode()))
 
-    assert [answer["id"] for answer in answers("tick", range(64))] == calls == list(range(64))
-    assert answers("tick", range(65))["error"]["code"] == -32600 and len(calls) == 64
-    assert len(answers("fill", [30000, 30001])) == 2 and answers("fill", [40000, 40001])["error"]["code"] == -32603
+    assert [answer["id"] for answer in batch("tick", range(64))] == calls == list(range(64))
+    assert batch("tick", range(65))["error"]["code"] == -32600 and len(calls) == 64
+    assert len(batch("fill", [30000, 30001])) == 2 and batch("fill", [40000, 40001])["error"] == TOO_LONG[1]
     for call in ('"tick","params":["x"]', '"tick","params":{"n":"y"}', '"tick"', '"none"', '"fill","params":["x"]'):
         assert mi.answer(f'{{"jsonrpc":"2.0","method":{call}}}'.encode()) is None
     assert calls[64:] == ["x", "y"]
-
-
-@pytest.mark.parametrize("answer", ANSWERS, ids=[repr(answer[:40]) for answer in ANSWERS])
-def test_answers_are_never_answered(answer):
-    """An answer of either dialect, or a batch with one in it, is dropped and counted, and nothing of it runs."""
-    mi = interface()
-    mi.command(lambda: 1 / 0, name="tick")
-    assert (mi.answer(answer), count(mi, "not_requests"), count(mi, "failed_commands")) == (None, 1, 0)
 
 
 @pytest.mark.parametrize("limit", [100, 65457])
@@ -767,213 +752,160 @@ def taker(signature, prefix="", **options):
     """Make an Interface with a command `take(SIGNATURE)`, and the list of what it gets, call by call."""
     names = {"got": [], "typing": typing, "Optional": typing.Optional}
     exec(compile(f"{prefix}\ndef take({signature}): got.append(locals())", "taker", "exec", dont_inherit=True), names)
-    mi = Interface()
+    mi = Interface(core=[])
     mi.command(names["take"], **options)
     return mi, names["got"]
 
 
-@pytest.mark.parametrize("result, line, data", TREES, ids=[repr(row[0]) for row in TREES])
-def test_what_a_command_returns_becomes_the_reply(result, line, data):
-    """The same result is a tree of lines, each node one line, and data in JSON."""
-    mi = interface()
-    mi.command(lambda: result, name="give")
-    assert (mi.answer(b":give:\n"), rpc(mi, "give")) == (b"200 OK\n" + line.encode(), data)
+def test_what_a_command_returns_or_raises_becomes_the_reply(folder, caplog):
+    """A result is lines, each node one, and data in JSON; of a failure peers hear that, the log has the traceback."""
+    mi, rows = interface(), [(result, "200 OK\n" + line, data) for result, line, data in TREES] + FAILURES
+
+    @mi.command
+    def give(row: int):
+        result = rows[row][0]
+        if isinstance(result, BaseException):
+            raise result
+        return result() if callable(result) else result
+
+    with serving(mi, folder / "s") as server, client_socket(server) as sock:
+        for number, (result, line, data) in enumerate(rows):
+            assert ask(server, b":give:\n%d" % number, sock).decode("utf-8", "surrogateescape") == line, result
+            assert rpc(mi, "give", [number], lambda request: ask(server, request, sock)) == data, result
+    assert "Traceback" in caplog.text and " in give" in caplog.text and count(mi, "handler_errors") == 0
 
 
-def test_reply_of_a_derived_class_or_with_a_falsy_value():
-    """A class derived from Reply is one in both dialects, and a value in it is shown though it is falsy."""
-    mi = interface()
-    mi.command(lambda: type("Gone", (Reply,), {})(404, "Gone"), name="gone")
-    mi.command(lambda: Reply(nodes=0), name="none_left")
-    assert (mi.answer(b":gone:\n"), rpc(mi, "gone")) == (b"404 Gone\n", error(404, "Gone"))
-    assert (mi.answer(b":none_left:\n"), rpc(mi, "none_left")) == (b"200 OK\n0\n", 0)
-
-
-@pytest.mark.parametrize("signature, values, named, got", BINDINGS)
-def test_arguments_bind_as_in_a_python_call(signature, values, named, got):
+@pytest.mark.parametrize("first", ["", "request, "])
+def test_arguments_bind_as_in_a_python_call(first):
     """Values bind by position and by name in both dialects, and what does not match is refused and not run."""
-    mi, calls = taker(signature)
-    replies = [mi.answer(mi_datagram.format_request("take", *values, **named))]
-    expected = [b"200 OK\n" if got is not None else b"400 Too few or too many arguments\n"]
-    if not (values and named):
-        reason = "Named parameters do not match" if named else "Too few or too many parameters"
-        replies.append(rpc(mi, "take", named or values))
-        expected.append("OK" if got is not None else error(-32602, "Invalid params", reason))
-    assert (replies, calls) == (expected, [got for _ in replies if got is not None])
+    for signature, number, named in itertools.product(SIGNATURES, range(4), GIVEN):
+        (mi, calls), values = taker(first + signature, pass_request=bool(first)), ["x", "y", "z"][:number]
+        named, (plain, expected) = {name: f"of {name}" for name in named}, taker(signature)
+        if not (first and "request" in named and "/" not in signature):  # no peer can name that one
+            with contextlib.suppress(TypeError):
+                plain.commands["take"].function(*values, **named)
+        replies = [mi.answer(mi_datagram.format_request("take", *values, **named)) for _ in "12"]
+        assert replies == [b"200 OK\n" if expected else b"400 Too few or too many arguments\n"] * 2
+        if not (values and named):
+            reason = "Named parameters do not match" if named else "Too few or too many parameters"
+            assert rpc(mi, "take", named or values) == ("OK" if expected else error(*BAD_PARAMS, reason))
+        got = [{name: value for name, value in call.items() if name != first[:-2]} for call in calls]
+        assert got == expected * len(calls) and bool(calls) == bool(expected), (signature, values, named)
 
 
-def conversions():
-    """Give the rows with annotations that stay texts, and those that Python can evaluate as such too."""
-    evaluated = [row for row in CONVERSIONS if "Unknown" not in row[1]]
-    if sys.version_info < (3, 10):
-        evaluated = [row for row in evaluated if "|" not in row[1]]
-    return [("from __future__ import annotations", *row) for row in CONVERSIONS] + [("", *row) for row in evaluated]
-
-
-@pytest.mark.parametrize("prefix, dialect, annotation, sent, got", conversions())
-def test_annotations_convert(prefix, dialect, annotation, sent, got):
-    """int, float, bool, str and Optional of them convert a text and check a JSON value; others pass what came."""
-    mi, calls = taker(f"a: {annotation}, b: int = 0", prefix)
-    if dialect == "line":
-        replies = [mi.answer(f":take:\n{argument}\n".encode()) for argument in (sent, f"a::{sent}")]
-        expected = b"400 Bad parameter\n" if got is BAD else b"200 OK\n"
-    else:
+@pytest.mark.parametrize("prefix", ["", "from __future__ import annotations"])
+def test_annotations_convert(prefix):
+    """int, float, bool, str and Optional of them convert a text, and JSON data that stands for one; others pass all."""
+    for annotation, sent, got in CONVERSIONS:
+        if not prefix and ("Unknown" in annotation or (sys.version_info < (3, 10) and "|" in annotation)):
+            continue  # Python cannot evaluate it
+        mi, calls = taker(f"a: {annotation}, b: int = 0", prefix)
+        expected = [error(*BAD_PARAMS, "Bad type for parameter 'a'") if got is BAD else "OK"] * 2
         replies = [rpc(mi, "take", params) for params in ([sent], {"a": sent})]
-        expected = error(-32602, "Invalid params", "a") if got is BAD else "OK"
-    assert replies == [expected] * 2 and repr(calls) == repr([] if got is BAD else [{"a": got, "b": 0}] * 2)
+        if isinstance(sent, str):
+            requests = mi_datagram.format_request("take", sent), mi_datagram.format_request("take", a=sent)
+            replies += map(mi.answer, requests)
+            expected += [b"400 Bad parameter\n" if got is BAD else b"200 OK\n"] * 2
+        assert replies == expected and repr(calls) == repr([{"a": got, "b": 0}] * len(calls)), (annotation, sent)
+        assert len(calls) == (0 if got is BAD else len(replies))
 
 
-def test_annotations_are_resolved_at_registration():
-    """What an annotation that is a string means is settled once, when the command is registered."""
+def test_annotations_of_odd_parameters():
+    """An annotation that is a text is read at registration; a name is for one value; those of stars hold for each."""
     names = {"got": [], "Kind": int}
     exec("def take(a: 'Kind'): got.append(a)", names)
-    mi = Interface()
+    mi = interface(core=[])
     mi.command(names["take"])
-    names["Kind"] = bool
-    names["take"].__annotations__["a"] = "bool"
-    assert (mi.answer(b":take:\n5\n"), rpc(mi, "take", [6]), names["got"]) == (b"200 OK\n", "OK", [5, 6])
-
-
-def test_repeated_names_and_collected_values():
-    """A name is for one value, under **kwargs the last wins; annotations of stars hold for each value."""
-    mi, calls = taker("a='d', *b: int, **c: bool")
-    assert mi.answer(b":take:\na::1\na::2\n") == b"400 Too few or too many arguments\n"
-    assert mi.answer(b":take:\nx::no\nx::yes\nv\n1\n2\n") == mi.answer(b":take:\na::v\nx::no\n") == b"200 OK\n"
-    assert mi.answer(b":take:\nv\nx\n") == mi.answer(b":take:\nx::7\n") == b"400 Bad parameter\n"
-    assert calls == [{"a": "v", "b": (1, 2), "c": {"x": True}}, {"a": "v", "b": (), "c": {"x": False}}]
-    mi, calls = taker("a: int, /, **c")
-    mi.answer(b":take:\n5\na::x\n")
-    assert calls == [{"a": 5, "c": {"a": "x"}}]
+    names["Kind"], names["take"].__annotations__["a"] = bool, "bool"
+    assert (mi.answer(b":take:\n5\n"), names["got"]) == (b"200 OK\n", [5])
+    mi, calls = taker("a: str = 'd', /, *b: int, k: int = 0, **c: bool")
+    for arguments in ("k::1\nk::2", "v\nx", "x::7", "v\na::7"):
+        assert mi.answer(f":take:\n{arguments}\n".encode())[:3] == b"400"
+    assert mi.answer(b":take:\nx::no\nx::yes\nv\n1\n2\n") == mi.answer(b":take:\na::no\nk::3\n") == b"200 OK\n"
+    assert calls == [{"a": "v", "b": (1, 2), "k": 0, "c": {"x": True}}, {"a": "d", "b": (), "k": 3, "c": {"a": False}}]
 
 
 def test_request_as_a_command_sees_it():
-    """With pass_request a command learns name, arguments as sent, dialect and peer; no peer can name that parameter."""
-    mi, calls = taker("request, a=None, **names", pass_request=True)
-    peer = mi_datagram.Peer(("127.0.0.1", 5))
+    """With pass_request a command learns name, arguments as sent, dialect and peer."""
+    (mi, calls), peer = taker("request, a=None, **names", pass_request=True), mi_datagram.Peer(("127.0.0.1", 5))
     mi.answer(b':take:\n x \nb::"y "\nb::z\n', peer)
     rpc(mi, "take", {"a": 1, "b": True}, lambda data: mi.answer(data, peer))
     line, json_ = [call["request"] for call in calls]
     assert (line.command, line.dialect, line.arguments) == ("take", "line", [("", "x"), ("b", "y "), ("b", "z")])
     assert (json_.command, json_.dialect, json_.arguments) == ("take", "json", [("a", 1), ("b", True)])
     assert line.peer is json_.peer is peer and calls[0]["names"] == {"b": "z"}
-    assert mi.answer(b":take:\nrequest::x\n") == b"400 Too few or too many arguments\n"
-    assert rpc(mi, "take", {"request": "x"})["code"] == -32602
 
 
 def test_registering_commands():
     """A function stays itself, a name is taken once unless replaced, and only what was registered is a command."""
     mi, pong = interface(), lambda: "pong"
     assert mi.command(pong, name="pong") is mi.command(name="other")(pong) is pong
-    assert mi.command(name="pwd", replace=True)(pong) is pong
+    assert mi.command(pong, name="pwd", replace=True) is pong
     assert mi.answer(b":pong:\n") == mi.answer(b":other:\n") == mi.answer(b":pwd:\n") == b"200 OK\npong\n"
     assert interface(core=["debug", "which"]).answer(b":which:\n") == b"200 OK\ndebug\necho\nnothing\nwhich\n"
-    for wrong in ("echo", "a:b", "rm"):
-        with pytest.raises(ValueError, match=wrong):
-            Interface(core=["rm"]) if wrong == "rm" else mi.command(pong, name=wrong)
+    for wrong in ("echo", "a:b:c", ":a", "a:", "a\nb"):
+        with pytest.raises(ValueError, match="replace=True" if wrong == "echo" else "GROUP:NAME is allowed"):
+            mi.command(pong, name=wrong)
+    with pytest.raises(ValueError, match="allowed are"):
+        Interface(core=["rm"])
     for command in ("none", "Echo", "echo ", "echo.__class__", "__init__", "answer", "kill", "{0}", "%s"):
         assert mi.answer(f':{command}:\n"x\n'.encode()) == b"500 command not available\n"  # wins over bad arguments
-        assert rpc(mi, command, [[]]) == error(-32601, "Method not found")
+        assert rpc(mi, command, [[]]) == NOT_FOUND
+
+
+def test_groups_of_commands():
+    """`group:name` is called by its whole name in JSON, and by `name` in both dialects where no other has it."""
+    mi, other = Interface(core=["ps", "list_statistics", "help"]), Interface()
+
+    def add(*names, to=mi, says=None):
+        for name in names:
+            to.command(lambda text=says or name: text, name=name, replace=True)
+
+    def called(name):
+        return mi.answer(f":{name}:\n".encode()).decode()[7:-1], rpc(mi, name)
+
+    def ambiguous(*names):
+        return error(-32001, "Method ambiguous", f"supported names: {', '.join(names)}")
+
+    add("a:flush", "a:list", "a:ps")
+    assert called("flush") == ("a:flush", "a:flush") and rpc(mi, "a:flush") == "a:flush"
+    assert called("list") == ("a:list", ambiguous("a:list", "statistics:list"))  # the core's group is for JSON alone
+    assert rpc(mi, "which") == NOT_FOUND and rpc(mi, "ps") == rpc(mi, "core:ps") != rpc(mi, "a:ps") == "a:ps"
+    add("b:flush", to=other)
+    mi.include(other)
+    for says in ("b:flush", "new"):
+        assert rpc(mi, "b:flush") == says and mi.answer(b":flush:\n") == b"500 command not available\n"
+        assert rpc(mi, "flush") == rpc(mi, "help", ["flush"]) == ambiguous("a:flush", "b:flush")
+        add("b:flush", says="new")
+    add("flush", "core.psx", "list_statistics")
+    assert called("flush") == ("flush", "flush") and rpc(mi, "core.psx") == "core.psx"
+    assert rpc(mi, "statistics:list") == NOT_FOUND and rpc(mi, "list") == "a:list"  # the core's is replaced
+    mi.add_core(["which"])
+    here = ["core.psx", "flush", "help", "list", "list_statistics", "ps", "which"]
+    assert rpc(mi, "which") == sorted([*here, "a:flush", "a:list", "a:ps", "b:flush", "core:help", "core:ps", "core:which"])
+    assert mi.answer(b":which:\n").decode().split("\n")[1:-1] == here
 
 
 def test_interfaces_are_merged():
-    """`include` adds commands and statistics of another, add_core what lacks; a program's own stand before the core's."""
+    """`include` adds commands and statistics of another, add_core what lacks; a program's own win over the core's."""
     mi, other = interface(), Interface()
     other.command(lambda: "ours", name="pwd", replace=True)
-    other.command(lambda: "pong", name="ping")
     other.counter("cache:hits").add(5)
     mi.include(other)
-    mi.add_core(["pwd", "kill"])
-    assert mi.answer(b":pwd:\n") == b"200 OK\nours\n" and mi.answer(b":ping:\n") == b"200 OK\npong\n"
-    assert "kill" in mi.commands and mi.answer(b":echo:\nx\n") == b"200 OK\nx\n"
-    assert mi.answer(b":get_statistics:\nhits\nrequests\n") == b"200 OK\ncache:hits:: 5\nmi_datagram:requests:: 4\n"
+    mi.add_core(["pwd", "arg"])
+    assert mi.answer(b":pwd:\n") == b"200 OK\nours\n" and mi.answer(b":echo:\nx\n") == b"200 OK\nx\n"
+    assert mi.answer(b":get_statistics:\nhits\nrequests\n") == b"200 OK\ncache:hits:: 5\nmi_datagram:requests:: 3\n"
+    assert mi.answer(b":arg:\n")[:3] == b"200"
     with pytest.raises(ValueError, match="command name"):
         mi.include(other)
 
 
-class Weird(Exception):
-    def __str__(self):
-        raise ValueError("secret")
-
-
-@pytest.mark.parametrize("failure", [
-    ValueError("secret"), SystemExit("secret"), KeyboardInterrupt("secret"), RecursionError("secret"),
-    MemoryError("secret"), GeneratorExit("secret"), Weird(),
-])  # fmt: skip
-def test_a_command_that_raises_ends_nothing(failure, folder, caplog):
-    """Peers hear that the command failed and nothing else, the log has the traceback, and serving goes on."""
-    mi = interface()
-
-    @mi.command
-    def burst():
-        raise failure
-
-    with serving(mi, folder / "s") as server:
-        assert ask(server, b":burst:\n") == b"500 command failed\n"
-        assert rpc(mi, "burst", answer=lambda data: ask(server, data)) == error(-32000, "Server error")
-        assert ask(server, b":echo:\nx\n") == b"200 OK\nx\n"
-    assert "Traceback" in caplog.text and " in burst" in caplog.text
-    assert (count(mi, "failed_commands"), count(mi, "handler_errors")) == (2, 0)
-
-
-def test_what_cannot_be_written_is_a_failure():
-    """NaN and objects in JSON, endless trees, values without a text: the command failed, and that is all peers hear."""
-    mi, endless = interface(), []
-    endless.append(endless)
-    results = {"nan": float("nan"), "bytes": b"\xff", "set": {1}, "endless": endless, "weird": [Weird()]}
-    mi.command(lambda kind: results[kind], name="give")
-    assert [rpc(mi, "give", [kind]) for kind in results] == [error(-32000, "Server error")] * 5
-    assert mi.answer(b":give:\nbytes\n") == b"200 OK\n\xff\n"
-    assert mi.answer(b":give:\nendless\n") == mi.answer(b":give:\nweird\n") == b"500 command failed\n"
-
-
-def test_errors_that_commands_answer_with():
-    """CommandError and Reply keep code, reason and data; those that cannot be written or do not fit fail."""
-    mi = interface()
-
-    @mi.command
-    def find(how, reason="Not\r\nFound", data=None):
-        if how == "reply":
-            return Reply(404, reason)
-        reason = {"long": "x" * 70000, "bad": "\ud800"}.get(how, reason)
-        raise CommandError(404, reason, Weird() if how == "weird" else data)
-
-    assert rpc(mi, "find", ["reply"]) == rpc(mi, "find", ["raise"]) == error(404, "Not\r\nFound")
-    assert rpc(mi, "find", {"how": "raise", "data": [7]}) == error(404, "Not\r\nFound", [7])
-    assert rpc(mi, "find", ["long"]) == error(-32603, "Internal error")
-    assert rpc(mi, "find", ["weird"]) == error(-32000, "Server error")
-    assert mi.answer(b":find:\nreply\n") == mi.answer(b":find:\nraise\n") == b"404 Not\\r\\nFound\n"
-    assert mi.answer(b":find:\nlong\n") == b"500 Internal server error\n"
-    assert mi.answer(b":find:\nbad\n") == b"500 command failed\n"
-
-
-class Bare(CommandError):
-    def __init__(self):
-        pass
-
-
-@pytest.mark.parametrize("error", [Bare(), CommandError(404, Weird())])
-def test_odd_command_errors(error):
-    """A CommandError without code and reason, or whose reason has no text, is a command that failed."""
-    mi = interface()
-
-    @mi.command
-    def odd():
-        raise error
-
-    assert mi.answer(b":odd:\n") == b"500 command failed\n"
-    assert b'"error"' in mi.answer(b'{"jsonrpc":"2.0","method":"odd","id":1}')
-
-
 def test_failure_that_has_no_traceback_is_logged(monkeypatch, caplog):
     """Where no traceback can be made, for want of a descriptor, the log still says what a command raised."""
-    mi = interface()
+    mi = interface(core=[])
     mi.command(lambda: 1 / 0, name="fails")
-
-    def format_exception(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
-
     with monkeypatch.context() as patch:
-        patch.setattr("traceback.format_exception", format_exception)
+        patch.setattr("traceback.format_exception", lambda *_: os.open("/no/such/file", os.O_RDONLY))
         assert mi.answer(b":fails:\n") == b"500 command failed\n"
     assert "ZeroDivisionError: division by zero" in caplog.text
 
@@ -1165,9 +1097,12 @@ def test_async_commands_that_return_no_reply(name, loop):
 
 
 @pytest.fixture
-def probe():
-    """An Interface with all the core commands, a command `flush` and STATISTICS."""
+def probe(monkeypatch):
+    """An Interface with all the core commands, two of its own, and statistics; what it would kill is noted alone."""
     mi = Interface("probe", "1.2", core=CORE, logger=logging.Logger("probe", logging.WARNING))
+    mi.processes = lambda: [(os.getpid(), "main process"), (0, "not running"), (7, "child")]
+    mi.killed = []
+    monkeypatch.setattr(os, "kill", lambda *signal: mi.killed.append(signal))
 
     @mi.command
     def flush(zone: str, limit: int = 0):
@@ -1176,37 +1111,68 @@ def probe():
         At most LIMIT.
         """
 
+    mi.command(lambda: None, name="cache:size")
     mi.counter("cache:hits").add(3)
     mi.statistic("cache:size", lambda: 7)
     mi.counter("other:hits").add()
     return mi
 
 
-@pytest.mark.parametrize("request_, reply", CORE_REPLIES)
-def test_core_commands_answer_as_the_original(probe, request_, reply):
-    """Core commands keep the format that other programs read."""
-    assert re.fullmatch(b"200 OK\n" + reply, probe.answer(b":" + request_))
+def fits(pattern, value):
+    """Whether VALUE is as PATTERN says, in which texts are regular expressions."""
+    if isinstance(pattern, (dict, list)):
+        pairs = zip(*[one.values() if isinstance(one, dict) else one for one in (pattern, value)])
+        return type(pattern) is type(value) and len(pattern) == len(value) and all(itertools.starmap(fits, pairs))
+    same = pattern == value and type(pattern) is type(value)
+    return same or (isinstance(pattern, str) and isinstance(value, str) and re.fullmatch(pattern, value))
 
 
-def test_uptime_counts_from_the_start(probe):
-    """`uptime` tells when the program started, what time it is, and the seconds between the two."""
-    probe.started = time.time() - 1000
-    now, since, up = rpc(probe, "uptime").values()
-    now, since = [time.mktime(time.strptime(when)) for when in (now, since)]
-    assert abs(since - probe.started) <= 1 and abs(now - since - 1000) <= 2 and int(up.split()[0]) - 1000 in (0, 1)
+def test_core_commands_answer_as_the_original(probe):
+    """In the line dialect core commands keep the format that other programs read."""
+    answers = [(request, reply, probe.answer(b":" + request.encode()).decode()) for request, reply in CORE_REPLIES]
+    assert not [answer for answer in answers if not re.fullmatch("200 OK\n" + answer[1], answer[2])]
+    assert probe.killed == [(os.getpid(), signal.SIGTERM)]
 
 
-def test_kill_and_which(probe):
-    """`kill` sends the process SIGTERM; `which` has the lists of parameter names that a client completes from."""
-    caught = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: caught.set())
-    try:
-        assert probe.answer(b":kill:\n") == b"200 OK\n" and caught.wait(DEADLINE)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert rpc(probe, "which", {"command": "flush"}) == [["zone"], ["zone", "limit"]]
-    assert rpc(probe, "which", ["none"])["code"] == rpc(probe, "help", ["none"])["code"] == 404
-    assert {*probe.commands} - {*Interface().commands} == {"kill", "arg", "debug", "flush"}
+def test_core_commands_answer_as_opensips_and_kamailio(probe):
+    """In JSON core commands have the names, parameters and forms that the clients of both know."""
+    probe.command(lambda a, /, *b, k=1, **c: None, name="take")
+    calls = [(name, params, shape) for names, params, shape in SHAPES for name in names.split()]
+    answers = [(name, params, shape, rpc(probe, name, params)) for name, params, shape in calls]
+    assert not [answer for answer in answers if not fits(answer[2], answer[3])]
+    assert probe.killed == [(os.getpid(), signal.SIGTERM)] * 2
+    names, kamailio = {*rpc(probe, "which")}, {name for name in rpc(probe, "system.listMethods") if "." in name}
+    assert not kamailio & names and {*CORE, "core:ps", "statistics:get", "size", "cache:size"} <= names
+    assert {*CORE} - {*Interface().commands} == {"kill", "arg", "debug", "log_level"}
+
+
+def test_core_commands_under_other_names():
+    """What a program left out or replaced has no name at all; `authorize` hears the registered name under any."""
+    for mi in (Interface(core=["pwd"]), Interface()):
+        for name in CORE[:-1]:
+            mi.command(lambda: "ours", name=name, replace=True)
+        for alias in ("core:arg", "core.arg", "core.psx", "system.methodHelp", "stats.fetch", "statistics:get", "list"):
+            assert rpc(mi, alias) == NOT_FOUND
+    mi, heard = Interface(), []
+    service = mi_datagram.Service(mi, authorize=lambda peer, command: heard.append(command) or True)
+    for name in ("ps", "core:ps", "core.psx", "list", "none"):
+        assert rpc(mi, name, answer=mi_datagram.Exchange(service, None, None).answer)
+    assert heard == ["ps", "ps", "ps", "list_statistics", "none"]
+
+
+def test_uptime_counts_from_the_start(probe, monkeypatch):
+    """`uptime` tells when the program started, what time it is, and the seconds between, whoever sets the clock."""
+    probe.started -= 1000
+    monkeypatch.setattr(time, "time", lambda: 9999)  # long ago
+    told, since, up = rpc(probe, "uptime").values()
+    assert (told, up) == (time.ctime(9999), "1000 [sec]") and since in (time.ctime(8998), time.ctime(8999))
+    assert rpc(probe, "core.uptime") == {"now": told, "up_since": since, "uptime": 1000}
+
+
+def test_help_without_docstrings():
+    """Where Python dropped the docstrings, `help` of a command has its usage alone."""
+    code = "import mi_datagram; print(mi_datagram.Interface().answer(b':help:\\nps\\n'))"
+    assert run(sys.executable, "-OO", "-c", code).stdout == "b'200 OK\\nUsage:: ps\\n'\n"
 
 
 def test_threads_tells_where_each_thread_stands(folder):
@@ -1227,45 +1193,42 @@ def test_threads_tells_where_each_thread_stands(folder):
     assert "secret" not in reply and 1 < reply.count(" stuck\n") < 20
 
 
-def test_debug_maps_the_levels_of_the_original(probe):
-    """`debug` shows and sets the level of the Interface's logger, -5 alert to 3 debug."""
+@pytest.mark.parametrize("command, lowest, highest, key, new_key", [
+    ("debug", -5, 3, "DEBUG", "DEBUG"), ("log_level", -3, 4, "Log level", "New global log level")])  # fmt: skip
+def test_levels_of_the_log(probe, command, lowest, highest, key, new_key):
+    """`debug` and `log_level` show and set the level of the Interface's logger, as the original and OpenSIPS count."""
     levels = []
-    for level in range(-5, 4):
-        assert probe.answer(b":debug:\n%d\n" % level) == probe.answer(b":debug:\n") == b"200 OK\nDEBUG:: %d\n" % level
+    for level in range(lowest, highest + 1):
+        assert (rpc(probe, command, [level]), rpc(probe, command)) == ({new_key: level}, {key: level})
         levels.append(probe.logger.level)
     assert levels == sorted(levels, reverse=True) and Interface().logger is logging.getLogger()
-    for level, shown in ((logging.DEBUG, 3), (logging.INFO, 2), (logging.WARNING, 0), (logging.ERROR, -1)):
-        probe.logger.setLevel(level)
-        assert rpc(probe, "debug") == {"DEBUG": shown}
-    assert probe.answer(b":debug:\n4\n") == probe.answer(b":debug:\nx\n") == b"400 Bad parameter\n"
+    assert levels[-2:] == [logging.INFO, logging.DEBUG] and {logging.WARNING, logging.ERROR} <= {*levels}
+    assert probe.answer(f":{command}:\n{highest + 1}\n".encode()) == b"400 Bad parameter\n"
 
 
-@pytest.mark.parametrize("names, selected", SELECTIONS)
-def test_statistics_are_selected_as_in_the_original(probe, names, selected):
-    """`group:`, `group:name` and bare names select; names unknown alone are an error."""
-    lines = "200 OK\n" + "".join([f"{name}:: {STATISTICS[name]}\n" for name in selected])
-    data = {name: STATISTICS[name] for name in selected} or error(404, "Statistics Not Found")
-    request = mi_datagram.format_request("get_statistics", *names)
-    assert probe.answer(request).decode() == (lines if selected else "404 Statistics Not Found\n")
-    for params in (names, {"statistics": names}):  # the second is how OpenSIPS's clients ask
-        assert rpc(probe, "get_statistics", params) == data
+def test_debug_leaves_the_audit_alone(caplog):
+    """Where the audit goes through the logger whose level `debug` sets, it goes on as it did before."""
+    caplog.set_level(logging.INFO)
+    mi = interface(core=["debug"])
+    try:
+        assert [mi.answer(request)[:3] for request in (b":debug:\n-1\n", b":debug:\n2\n")] == [b"200"] * 2
+        assert [record.name for record in caplog.records] == ["mi_datagram.audit"] * 2
+    finally:
+        mi_datagram.audit.setLevel(logging.NOTSET)
 
 
 def test_statistics_are_counted_and_reset(probe):
-    """`all` has the server's own group too; reset says nothing, clear tells first."""
+    """`all` has the server's own group too; reset says nothing, clear tells first; what has no value is left out."""
     everything = rpc(probe, "get_statistics", ["all"])
-    assert everything.items() >= STATISTICS.items() and everything["mi_datagram:requests"] == 1
-    assert probe.answer(b":get_statistics:\n") == b"400 Too few or too many arguments\n"
-    assert probe.answer(b":clear_statistics:\ncache:\n") == b"200 OK\ncache:hits:: 3\ncache:size:: 7\n"
-    assert probe.answer(b":reset_statistics:\nother:\n") == b"200 OK\n"
+    assert {"cache:hits": 3, "cache:size": 7}.items() <= everything.items() and everything["mi_datagram:requests"] == 1
     probe.counter("cache:hits").add(2)
     assert probe.counter("cache:hits") is probe.counter("cache:hits")
-    sizes = [8, 9]
-    probe.statistic("stack:size", sizes.pop)
-    assert [rpc(probe, "get_statistics", ["stack:size"]) for _ in "12"] == [{"stack:size": n} for n in (9, 8)]
-    probe.statistic("cache:broken", lambda: 1 / 0)
-    reply = probe.answer(b":get_statistics:\ncache:\nother:\n")
-    assert reply.startswith(b"200 OK\ncache:hits:: 2\ncache:size:: 7\n") and reply.endswith(b"\nother:hits:: 0\n")
+    stack = {"size": [9, 8], "full": [False, True], "none": [None, ""], "nan": [float("nan"), float("inf")], "fails": []}
+    for name, values in stack.items():
+        probe.statistic(f"stack:{name}", iter(values).__next__)
+    for size, full in ((9, 0), (8, 1)):
+        assert probe.answer(b":get_statistics:\nstack:\n") == b"200 OK\nstack:size:: %d\nstack:full:: %d\n" % (size, full)
+    assert probe.answer(b":get_statistics:\nstack:\n") == b"200 OK\n" and rpc(probe, "stats.fetch", ["stack:"]) == {}
     for wrong in ("cache:size", "nogroup", ":x", "x:"):
         with pytest.raises(ValueError, match="statistic name"):
             probe.statistic(wrong, int)
@@ -1296,8 +1259,11 @@ def test_each_kind_of_error_is_counted(statistic):
             raise CommandError(404, "Not Found")
         return "x" * size if size >= 0 else 1 / 0
 
-    for request in COUNTED[statistic]:
-        assert mi.answer(request)
+    for name in ("a:same", "b:same"):
+        mi.command(give, name=name)
+    one, other = COUNTED[statistic]
+    assert mi.answer(mi_datagram.format_request(one, other) if isinstance(one, str) else one)
+    assert rpc(mi, one, [other])["code"] if isinstance(one, str) else mi.answer(other)
     counts = {kind: count(mi, kind) for kind in (*COUNTED, "requests", "replies", "forbidden", "not_requests")}
     assert {kind: number for kind, number in counts.items() if number} == {"requests": 2, statistic: 2}
 
@@ -1320,6 +1286,19 @@ def test_ready_made_rules(folder):
             make(wrong)
 
 
+def test_names_of_sockets_and_looks_of_replies(folder):
+    """A path may be a PathLike, a link-local address keeps its scope, an indent is any text; all parameters are typed."""
+    paths = [mi_datagram.parse_socket_name(Path(path)) for path in ("s", "/a/s", "udp:h:5")]
+    assert paths == ["./s", "/a/s", "./udp:h:5"]
+    assert mi_datagram.parse_socket_name("udp:[fe80::1%lo]:5") == ("fe80::1%lo", 5)
+    peers = [str(mi_datagram.Peer(("fe80::1", 5, 0, scope))) for scope in (0, 3)]
+    assert peers == ["udp:[fe80::1]:5", "udp:[fe80::1%3]:5"]
+    with interface().server(folder / "s", reply_indent="| ", pretty_printing=True) as server:
+        assert ask(server, b":which:\necho\n") == b"200 OK\n\n" and b"\n| " in ask(server, b":threads:\n")
+        assert rpc(None, "echo", [1], lambda request: ask(server, request)) == [1]
+    assert {*mi_datagram.Parameters.__annotations__} == {*mi_datagram.PARAMETERS}
+
+
 def test_refusals(name, caplog):
     """`authorize` is asked once per call, before lookup and binding; UNIX peers hear 403, UDP peers nothing."""
     asked, silent = [], name.startswith("udp:")
@@ -1333,11 +1312,10 @@ def test_refusals(name, caplog):
             sock.sendto(request, server.server_address)
             answers = b"" if silent else sock.recv(10_000)
             assert answers.count(b"403") == answers.count(b"Forbidden") == (0 if silent else len(commands))
-            assert ask(server, b":echo:\n", sock) == b"200 OK\n"
-            assert asked == [*commands, "echo"]
+            assert ask(server, b":echo:\n", sock) == b"200 OK\n" and asked == [*commands, "echo"]
             asked.clear()
         refused = sum([len(commands) for _, commands in FORBIDDEN])
-        assert count(server, "forbidden") == caplog.text.count("forbidden") == refused
+        assert count(server, "forbidden") == refused and 0 < caplog.text.count("forbidden") <= refused
         calls = [{"jsonrpc": "2.0", "method": m, "id": m} for m in ("nothing", "echo")]
         outcomes = [a.get("error", a.get("result")) for a in json.loads(ask(server, json.dumps(calls).encode(), sock))]
         assert outcomes == ([[]] if silent else [error(403, "Forbidden"), []])
@@ -1351,17 +1329,18 @@ def test_audit(name, caplog):
     caplog.set_level(logging.INFO, "mi_datagram.audit")
     mi = interface()
     mi.command(lambda: None, name="a\rb")
-    calls = [{"jsonrpc": "2.0", "method": m, "id": 1} for m in ("echo", "a\rb", "a\rb", "none")]
+    calls = [{"jsonrpc": "2.0", "method": m, "id": 1} for m in ("echo", "a\rb", "a\rb", "none", "statistics:reset_all")]
     with serving(mi, name) as server, client_socket(server, connect=True) as sock:
         for request in (b":a\rb:\n", b":echo:\n", json.dumps(calls).encode()):
             ask(server, request, sock)
         peer = str(sock.getsockname()[1] if name.startswith("udp:") else os.getpid())
     lines = [record.getMessage() for record in caplog.records if record.name == "mi_datagram.audit"]
-    assert len(lines) == 3 and all(r"a\rb" in line and peer in line and line.isprintable() for line in lines)
+    assert [line.split("'")[1] for line in lines] == [r"a\rb"] * 3 + ["reset_all_statistics"]
+    assert all(peer in line and line.isprintable() for line in lines)
 
 
 def test_no_peer_forges_a_line_in_the_log(caplog):
-    """Whatever a peer sends, no line of the log begins with it, and control characters are escaped."""
+    """Whatever a peer sends, no line of the log begins with it or is as long, and control characters are escaped."""
     caplog.set_level(logging.DEBUG, "mi_datagram")
     mi, evil = interface(), "\nFORGED\r\x1b[2J\x85\u2028%s{0}"
 
@@ -1369,27 +1348,20 @@ def test_no_peer_forges_a_line_in_the_log(caplog):
     def burst(text, number: int = 0):
         raise ValueError(text) if number else CommandError(404, text, text)
 
-    calls = [("burst", params) for params in ([evil], [evil, 1], ["", evil], {evil: 1})]
-    for method, params in [*calls, (evil, [])]:
+    for method, params in [*[("burst", params) for params in ([evil], [evil, 1], ["", evil], {evil: 1})], (evil, [])]:
         assert rpc(mi, method, params)["code"]
         assert mi.answer(f':{method}:\n{evil}::"{evil}"\n"{evil}"'.encode())[:1] in b"45"
     for request in ('{"' + evil, evil, f':burst:\n"{evil}', f':burst:\n"{evil}"\n', f':burst:\n"{evil}"\n1\n'):
         assert mi.answer(request.encode())
-    assert len(caplog.records) > 15
+    assert mi.answer(b":" + b"x" * 60000 + b":\n") == b"500 command not available\n" and len(caplog.records) > 15
     lines = "\n".join([record.getMessage() for record in caplog.records]).split("\n")
-    assert all(line.isprintable() and not line.startswith("FORGED") for line in lines)
+    assert all(line.isprintable() and not line.startswith("FORGED") and len(line) < 1000 for line in lines)
 
 
-def test_log_lines_are_not_as_long_as_a_peer_likes(caplog):
-    """The log shows the beginning of what a peer sent."""
-    assert interface().answer(b":" + b"x" * 60000 + b":\n") == b"500 command not available\n"
-    assert 0 < len(caplog.text) < 1000
-
-
-def test_program_without_logging_hears_nothing(folder):
-    """Embedded in a program that set up no logging, the module prints nothing of what it logs."""
-    done = program("print(mi.answer(b':nosuch:\\n'))", folder / "s")
-    assert (done.stdout, done.stderr) == (f"{b'500 command not available' + bytes([10])}\n", "")
+def test_program_without_logging_hears_of_failures(folder):
+    """Embedded in a program that set up no logging, a command that fails is still seen on stderr."""
+    done = program("mi.command(lambda: 1 / 0, name='fails'); print(mi.answer(b':fails:\\n'))", folder / "s")
+    assert done.stdout == f"{b'500 command failed' + bytes([10])}\n" and "ZeroDivisionError" in done.stderr
 
 
 # --------------------------------------------------- servers: tables and helpers ----
