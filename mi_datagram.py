@@ -3557,6 +3557,7 @@ class Supervisor:
         """Fork the children, replace those that die, end with them; return the exit status."""
         self.supervise()
         is_told = wait_for_termination(self.signals, self.supervise)
+        self.server.remove_file()  # newcomers are told at once
         self.kill(signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + LOG_DEADLINE + 0.5)
         while any([child.pid for child in self.children]):
