@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 # SPDX-License-Identifier: 0BSD
 """A Management Interface for a Python program, over UNIX datagrams or UDP.
 
@@ -538,6 +539,8 @@ def parse_reply(data: bytes) -> Reply:
             levels.pop()
         if width > levels[-1][0] and levels[-1][1]:
             levels.append((width, levels[-1][1][-1].children))
+            if len(levels) > NESTING:
+                raise RequestError(f"nested deeper than {NESTING}")
         name, separator, value = text.partition(":: ")
         levels[-1][1].append(Node(name, value) if separator else Node(None, text))
     return Reply(int(code), reason, levels[0][1])
@@ -707,7 +710,8 @@ class Command:
         self._signature = inspect.signature(function)
         parameters = [*self._signature.parameters.values()]
         self._by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        self.parameters = parameters[int(pass_request) :]  # those that a peer may give
+        self._first = int(pass_request)  # how many of the values by position are ours
+        self.parameters = parameters[self._first :]
         self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
         self._plan = functools.lru_cache(maxsize=16)(self._plan_call)  # of the last shapes: no peer fills the memory
         self.ready: dict[str, set[int]] = {"line": set(), "json": set()}  # numbers of values that need no bind()
@@ -730,7 +734,7 @@ class Command:
         # one that is for **names for the parameter by position alone that is called so.
         named = {name if name in self._by_name else f"*{name}": name for name in names}
         try:
-            bound = self._signature.bind(*range(-self.pass_request, count), **named).arguments
+            bound = self._signature.bind(*range(-self._first, count), **named).arguments
         except TypeError:
             reason = "Named parameters do not match" if names else "Too few or too many parameters"
             raise _Fault("bad_arguments", reason) from None
@@ -764,11 +768,13 @@ class Command:
         return [[p.name for p in named if p.name not in optional[more:]] for more in range(len(optional) + 1)]
 
     def usage(self) -> str:
-        """Write the call as a line to type: required parameters bare, others in brackets."""
+        """Write the call as a line to type: required parameters bare, others in brackets, types where there are."""
         words = [self.name]
         for p in self.parameters:
             is_star = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
             word = "NAME::VALUE" if p.kind is p.VAR_KEYWORD else p.name.upper()
+            kind, _ = self._kinds.get(p.name, (str, False))
+            word += "" if kind is str else f":{kind.__name__}"
             word = f"{p.name}::{word}" if p.kind is p.KEYWORD_ONLY else word
             word = f"[{word}]" if is_star or p.default is not p.empty else word
             words.append(f"{word}..." if is_star else word)
@@ -1606,7 +1612,7 @@ CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
     "uptime": ("core:uptime", {"core.uptime": ("uptime", lambda one: {  # Now:: date, Up since:: date, Up time:: 7 [sec]
         "now": one["Now"], "up_since": one["Up since"], "uptime": int(one["Up time"].split()[0])})}),
     "version": ("core:version", {"core.version": ("version", lambda one: one["Server"])}),  # Server:: name (version)
-    "which": ("core:which", {"system.listMethods": ("list_methods", list)}),  # a name a line, or lists of parameters
+    "which": ("core:which", {"system.listMethods": ("list_methods", list)}),  # a name or a call a line | lists of names
 }  # fmt: skip
 CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
 CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
@@ -1675,16 +1681,16 @@ class _Core:
         return nodes
 
     def which(self, request: Request, command: str | None = None) -> Any:
-        """List the commands, those of a group (`GROUP:`), or the lists of parameters to give COMMAND by name."""
-        names = self._interface.names(request.dialect)
+        """List the commands, those of a group (`GROUP:`), or the ways to call COMMAND by names of parameters."""
+        is_json, names = request.dialect == "json", self._interface.names(request.dialect)
         if command is None:
             return sorted(names)
         if command.endswith(":"):
-            is_json = request.dialect == "json"
             group = [name for name, one in names.items() if (name if is_json else one.name).startswith(command)]
             if group:
                 return sorted(group)
-        return self._find(command, request.dialect).overloads()
+        calls = self._find(command, request.dialect).overloads()
+        return calls if is_json else [" ".join([command, *[f"{name}::" for name in call]]) for call in calls]
 
     def help(self, request: Request, command: str | None = None, *, mi_cmd: str | None = None) -> Any:
         """Say what each command does, or how to call COMMAND; OpenSIPS's clients call the parameter mi_cmd."""
@@ -3161,7 +3167,32 @@ def _remove_file(path: str, ours: os.stat_result, pid: int) -> None:
 
 
 class NoAnswer(Error, TimeoutError):
-    """No reply came in time."""
+    """No reply came in time, or none that can be read."""
+
+
+class _UnixPeer:
+    """The server on a UNIX socket, told from others who send to a client's address.
+
+    A connected client hears nothing of OpenSIPS and of the original, which answer from a socket without an address.
+    This one trusts the address that the system tells of the server, and as a sender without one
+    the owner of the socket file or root, as the kernel vouches for them.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.owner = os.stat(path).st_uid
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            probe.connect(path)
+            self.address = probe.getpeername()
+
+    def receive(self, sock: socket.socket) -> bytes:
+        """Return the next datagram; raise ValueError, which says why, for one of somebody else."""
+        reply, ancillary, _, sender = sock.recvmsg(UNIX_PAYLOAD, ANCILLARY)
+        uid = Peer(sender, *[data for _, kind, data in ancillary if kind == SCM_CREDENTIALS]).uid
+        # A relative address can be had by anybody, in another working directory.
+        is_server = sender == self.address and os.path.isabs(os.fsencode(sender))
+        if is_server or (uid in (self.owner, 0) and sender in (self.address, "", None)):
+            return reply
+        raise ValueError(f"its sender is {sender or 'unbound'!a} of uid {uid}, the server {self.address!a}")
 
 
 class Client:
@@ -3169,20 +3200,24 @@ class Client:
 
     `timeout` is in ms. On Linux a client of a UNIX socket has an abstract name; elsewhere, and
     with `reply_dir` (for a server in another network namespace), a socket in a private folder
-    made there. Not for several threads at once. Nothing is left behind.
+    made there. Not for several threads at once; a forked process gets a socket of its own.
+    Nothing is left behind.
     """
 
-    def __init__(self, socket_name: str, timeout: int = SOCKET_TIMEOUT, reply_dir: str | None = None) -> None:
-        self.socket_name = socket_name
+    def __init__(
+        self, socket_name: str | os.PathLike[str], timeout: int = SOCKET_TIMEOUT, reply_dir: str | None = None
+    ) -> None:
+        self.socket_name = os.fspath(socket_name) if isinstance(socket_name, os.PathLike) else socket_name
         self.timeout = _number("timeout", timeout, 1, 2**31 - 1)
-        self._address = parse_socket_name(socket_name)
+        self._address = parse_socket_name(self.socket_name)
         self._reply_dir = reply_dir
         self._socket: socket.socket | None = None
+        self._pid = 0  # of the process that made the socket
         self._held = contextlib.ExitStack()  # the socket, and the folder of its name
         self._last_id = 0
 
     def call(self, command: str, /, *values: object, **named: object) -> Reply:
-        """Run a command and give its reply; its nodes are Node objects.
+        """Run a command and return its reply; its nodes are Node objects.
 
         Raises CommandError for an error reply, NoAnswer, SocketError where nobody listens, and
         RequestError for what cannot be written.
@@ -3190,98 +3225,119 @@ class Client:
         return self._call(format_request(command, *values, **named))
 
     def _call(self, request: bytes) -> Reply:
-        reply = parse_reply(self.exchange(request))
+        try:
+            reply = parse_reply(self.exchange(request))
+        except RequestError as error:
+            raise NoAnswer(f"the reply of {self.socket_name} cannot be read: {error}") from None
         if not reply.ok:
             raise CommandError(reply.code, reply.reason)
         return reply
 
     def call_json(self, method: str, /, *params: Any, **named: Any) -> Any:
-        """Run a command and give its result; raises what call does, and RequestError for mixed parameters."""
+        """Run a command and return its result; raises what call does, and RequestError for mixed parameters."""
         if params and named:
             raise RequestError("JSON-RPC takes parameters by position or by name, not both")
         self._last_id += 1
         call = {"jsonrpc": "2.0", "method": method, "params": named or list(params), "id": self._last_id}
         try:
-            request = _json_encoder(None)(call).encode()
+            request = json.dumps(call, allow_nan=False, separators=(",", ":")).encode()
         except (TypeError, ValueError, RecursionError) as wrong:
             raise RequestError(f"parameters of {method!a}: {wrong}") from None
-        answer = json.loads(self.exchange(request, self._is_mine))
+        answer = self.exchange(request, self._read_answer)
         if "result" in answer:
             return answer["result"]
         error = answer["error"]
         raise CommandError(error["code"], error["message"], error.get("data"))
 
-    def _is_mine(self, reply: bytes) -> bool:
-        """Whether REPLY answers the present call; an error may have lost its id."""
-        try:
-            answer = json.loads(reply)
-            is_whole = "result" in answer or answer["error"].keys() >= {"code", "message"}
-            return is_whole and answer.get("id") in (self._last_id, None)
-        except (ValueError, RecursionError, TypeError, LookupError, AttributeError):  # it is something else
-            return False
+    def _read_answer(self, reply: bytes) -> Any:
+        """Return the answer to the present call; an error may have lost its id."""
+        _check_nesting(reply)
+        answer = json.loads(reply)
+        if isinstance(answer, dict) and answer.get("id") in (self._last_id, None):
+            error = answer.get("error")
+            if "result" in answer or (isinstance(error, dict) and error.keys() >= {"code", "message"}):
+                return answer
+        raise ValueError("it answers no present call")
 
-    def exchange(self, request: bytes, is_mine: Callable[[bytes], bool] = lambda reply: True) -> bytes:
-        """Send the bytes of a request and give those of its reply."""
+    def exchange(self, request: bytes, read: Callable[[bytes], Any] = bytes) -> Any:
+        """Send the bytes of a request and return those of its reply.
+
+        READ makes something else of them; it raises ValueError for a datagram that is not the reply.
+        """
         deadline = time.monotonic() + self.timeout / 1000
+        dropped = ""
         try:
-            try:
-                sock = self._send(request)
-            except (ConnectionError, FileNotFoundError):
-                self.close()  # the server that this socket was connected to is gone; there may be another
-                sock = self._send(request)
-            while True:
-                left = max(deadline - time.monotonic(), 0.000001)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(left))
-                reply = sock.recv(UNIX_PAYLOAD)
-                if is_mine(reply):
-                    return reply
+            sock = self._open()
+            receive = self._send(sock, request)
+            while (left := deadline - time.monotonic()) > 0:
+                sock.settimeout(left)
+                try:
+                    return read(receive())
+                except ValueError as reason:
+                    dropped = f"; a datagram was dropped: {reason}"
+            raise BlockingIOError
         except BaseException as error:
             self.close()  # with its address goes whatever reply comes later
-            if isinstance(error, BlockingIOError):
-                raise NoAnswer(f"no answer from {self.socket_name} within {self.timeout} ms") from None
+            if isinstance(error, (BlockingIOError, socket.timeout)):
+                raise NoAnswer(f"no answer from {self.socket_name} within {self.timeout} ms{dropped}") from None
             if isinstance(error, (ConnectionError, FileNotFoundError)):
                 raise SocketError(f"nobody listens on {self.socket_name}") from None
             if isinstance(error, OSError) and not isinstance(error, Error):
                 raise SocketError(f"{self.socket_name}: {error.strerror or error}") from None
             raise
 
-    def _send(self, request: bytes) -> socket.socket:
-        """Send by a socket that is connected, so that only the server's replies arrive; give it."""
-        if self._socket is None:
-            if isinstance(self._address, tuple):
-                family, address, name = *_udp_address(self._address), ""
+    def _open(self) -> socket.socket:
+        """Return the socket of this process: connected over UDP, otherwise with a name to reply to."""
+        if self._socket is None or self._pid != os.getpid():
+            self.close()
+            name, self._pid = self._address, os.getpid()
+            family, address = (_unix_family(name), None) if isinstance(name, str) else _udp_address(name)
+            sock = self._held.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+            if address:
+                sock.connect(address)
             else:
-                family, address, name = _unix_family(self._address), self._address, self._own_name()
-            self._socket = self._held.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout / 1000))
-            self._socket.connect(address)  # before it has a name that others could send to
-            if name:
-                self._socket.bind(name)
-        self._socket.send(request)
+                self._bind(sock)
+            self._socket = sock
         return self._socket
 
-    def _own_name(self) -> str:
-        name = f"mi_datagram.{os.getpid()}.{os.urandom(8).hex()}"
+    def _send(self, sock: socket.socket, request: bytes) -> Callable[[], bytes]:
+        """Send a request and return what receives its reply.
+
+        It is the kernel that waits for room in the server's queue: Python's own timeout would spin.
+        """
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout / 1000))
+        if isinstance(self._address, str):
+            peer = _UnixPeer(self._address)
+            sock.sendto(request, self._address)
+            return lambda: peer.receive(sock)
+        sock.send(request)
+        return lambda: sock.recv(UNIX_PAYLOAD)
+
+    def _bind(self, sock: socket.socket) -> None:
+        name, pid = f"mi_datagram.{os.getpid()}.{os.urandom(8).hex()}", os.getpid()
+        if SO_PASSCRED:
+            sock.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
         if sys.platform == "linux" and self._reply_dir is None:
-            return "\0" + name
+            sock.bind("\0" + name)
+            return
         import tempfile
+
+        def remove() -> None:
+            """Not by rmtree, which needs a descriptor, and not in a forked process."""
+            for unlink, what in ((os.unlink, path), (os.rmdir, folder)) if pid == os.getpid() else ():
+                with contextlib.suppress(OSError):
+                    unlink(what)
 
         try:
             folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
+            path = os.path.join(folder, "reply")
+            self._held.callback(remove)
+            os.chmod(folder, 0o711)  # the server may run as somebody else
+            sock.bind(path)
+            os.chmod(path, 0o666)  # whatever the umask
         except (OSError, ValueError) as error:
-            raise SocketError(f"reply_dir {self._reply_dir!a}: {getattr(error, 'strerror', error)}") from None
-        path = os.path.join(folder, "reply")
-
-        def remove() -> None:
-            """Not by rmtree, which needs a descriptor."""
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
-
-        self._held.callback(remove)
-        os.chmod(folder, 0o711)  # the server may run as somebody else
-        return path
+            raise SocketError(f"reply_dir {self._reply_dir!a}: {getattr(error, 'strerror', None) or error}") from None
 
     def close(self) -> None:
         """Close the socket and remove what it needed; the next call makes it anew."""
@@ -3303,8 +3359,12 @@ class Client:
 ###############################################################################
 
 
-def print_error(text: str) -> None:
-    print(f"mi_datagram: {text}", file=sys.stderr)
+def print_error(text: str, prefix: str = "mi_datagram: ") -> None:
+    """Print to stderr; where that cannot be written, there is nobody to tell."""
+    try:
+        print(f"{prefix}{escape_control_characters(text)}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for what is left in its buffer
 
 
 # ------------------------------------------------------------------ systemd ----
@@ -3706,95 +3766,246 @@ def _literal(value: str, where: str) -> str | int:
         raise ParameterError(f"{where}: a string or a number is allowed") from None
 
 
-# -------------------------------------------------------------------- shell ----
+# ---------------------------------------------------------- call and shell ----
+
+INDENTED_LEVELS = 8  # of JSON; the indents of deep ones would be a thousand times what they indent
+HISTORY = 1000  # lines that the shell remembers
+SHELL_HELP = "`help` lists commands, `help COMMAND` explains one, `json COMMAND` shows JSON, `exit` ends; TAB completes"
 
 
-def _run_words(client: Client, words: list[str], as_json: bool = False) -> int:
-    """Run a command as typed, print what comes, give the exit status."""
-    arguments = [_split_word(word) for word in words[1:]]
+class _Answer(typing.NamedTuple):
+    """What came of a command on one server: the exit status, the Reply or JSON result, lines for stderr."""
+
+    status: int
+    data: Any = None
+    errors: Sequence[str] = ()
+
+
+class _Console:
+    """Runs commands on all servers that `call` and `shell` are told to ask, at once, and prints what comes."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.patterns: list[str] = options.socket_name or [DEFAULT_SOCKET]
+        self.clients()  # a wrong name is told at once
+
+    def clients(self) -> list[Client]:
+        """Make a client for each server that there is now; a pattern stands for UNIX sockets."""
+        import glob
+        import pathlib
+
+        names: dict[str, None] = {}
+        for pattern in self.patterns:
+            found = [path for path in sorted(glob.glob(pattern)) if pathlib.Path(path).is_socket()]
+            names.update(dict.fromkeys([pattern] if os.path.lexists(pattern) or not found else found))
+        return [Client(name, self.options.timeout, self.options.reply_dir) for name in names]
+
+    def run(self, words: list[str], as_json: bool) -> int:
+        """Run a command as typed, print what comes, return the worst exit status."""
+        for word in words[1:] if sys.stderr.isatty() else ():
+            if re.match(r"\w+=", word) and "::" not in word:
+                print_error(f"{word} is sent as a value by position; by name it is {word.replace('=', '::', 1)}")
+        answers = self.ask(words, as_json)
+        _print_answers(answers, as_json)
+        return max([answer.status for answer in answers.values()])
+
+    def ask(self, words: list[str], as_json: bool) -> dict[str, _Answer]:
+        """Return the answer of each server by its name; after Ctrl-C no thread is waited for."""
+        clients = self.clients()
+        answers = {client.socket_name: _Answer(3) for client in clients}
+
+        def run(client: Client) -> None:
+            answers[client.socket_name] = _ask(client, words, as_json)
+
+        threads = [threading.Thread(target=run, args=(client,), daemon=True) for client in clients]
+        with contextlib.ExitStack() as stack:
+            for client, thread in zip(clients, threads):
+                stack.callback(client.close)
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return answers
+
+
+def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
+    """Run a command as typed on one server."""
+    arguments = []
+    for word in words[1:]:
+        name, separator, value = word.partition("::")
+        arguments.append((name, value) if separator else ("", word))
     try:
         if as_json:
             values = [_json_value(text) for name, text in arguments if not name]
             named = {name: _json_value(text) for name, text in arguments if name}
-            print(json.dumps(client.call_json(words[0], *values, **named), indent=4))
-        else:
-            request = _format_request(words[0], arguments)
-            try:
-                reply = client._call(request)
-            except RequestError as error:
-                raise NoAnswer(f"the reply cannot be read: {error}") from None
-            tree = format_reply(reply).partition(b"\n")[2]
-            sys.stdout.write(escape_control_characters(tree.decode("utf-8", "replace")))
-        sys.stdout.flush()
+            return _Answer(0, client.call_json(words[0], *values, **named))
+        return _Answer(0, client._call(_format_request(words[0], arguments)))
     except CommandError as error:
-        print(escape_control_characters(str(error)), file=sys.stderr)
-        return 1
+        data = "" if error.data is None else f": {_json_text(error.data, indented=False)}"
+        return _Answer(1, None, [f"{error.code} {error.reason}{data}", *_hints(client, words[0], error, as_json)])
     except Error as error:
-        print_error(str(error))
-        return 2 if isinstance(error, RequestError) else 3
-    return 0
-
-
-def _split_word(word: str) -> tuple[str, str]:
-    """Part VALUE, NAME::VALUE or ::VALUE into (name, value)."""
-    name, separator, value = word.partition("::")
-    return (name, value) if separator else ("", word)
+        return _Answer(2 if isinstance(error, RequestError) else 3, None, [str(error)])
 
 
 def _json_value(text: str) -> Any:
     """Take TEXT that is JSON for what it says, any other for a string."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    return text
 
 
-def _run_shell(client: Client) -> int:
-    """Run commands line by line; `help` and completion come from the server."""
-    import shlex
+def _hints(client: Client, command: str, error: CommandError, as_json: bool) -> list[str]:
+    """Say what would do in place of a call that was refused, as far as the server tells."""
+    import difflib
 
-    prompt = ""
-    if sys.stdin.isatty():
-        prompt = f"{client.socket_name}> "
-        with contextlib.suppress(ImportError):
-            _complete_from(client)
-    status = 0
-    with contextlib.suppress(EOFError):
+    if command in ("help", "which"):
+        return []
+    if error.code == -32601 or (error.code, error.reason) == (500, "command not available"):
+        names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json), ".+"))
+        return [f"did you mean {' or '.join(names)}?"] if names else []
+    if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
+        return re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json).data))
+    return []
+
+
+def _names(which: _Answer, pattern: str) -> list[str]:
+    """List what PATTERN finds in an answer of `which`, as far as it can be typed."""
+    names = dict.fromkeys(re.findall(pattern, _tree(which.data)))
+    return [name for name in names if name.isprintable() and name.split() == [name] and "\\" not in name]
+
+
+def _tree(data: Any) -> str:
+    return format_reply(data).partition(b"\n")[2].decode("utf-8", "replace")
+
+
+def _print_answers(answers: dict[str, _Answer], as_json: bool) -> None:
+    """Print replies, those of several servers each under its name, and errors to stderr."""
+    is_one = len(answers) == 1
+    data = {name: answer.data for name, answer in answers.items() if not answer.status}
+    if data and as_json:
+        print(_json_text(data.popitem()[1] if is_one else data))
+    elif data:
+        nothing = "OK" if sys.stdout.isatty() else None
+        trees = {name: reply.nodes or nothing for name, reply in data.items()}
+        sys.stdout.write(escape_control_characters(_tree(trees.popitem()[1] if is_one else trees)))
+    sys.stdout.flush()
+    for name, answer in answers.items():
+        for line in answer.errors:
+            print_error(line, "mi_datagram: " if answer.status > 1 else "" if is_one else f"{name}: ")
+
+
+def _json_text(data: Any, indented: bool = True) -> str:
+    """Write JSON with each character as it is where it can be shown, and indented where it is not deep."""
+    is_ascii = not (sys.stdout.encoding or "").lower().startswith("utf")
+    indent = 4 if indented and _depth(data) <= INDENTED_LEVELS else None
+    text = json.dumps(data, indent=indent, ensure_ascii=is_ascii)
+    return "".join([c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text])
+
+
+def _depth(data: Any) -> int:
+    members = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return 1 + max(map(_depth, members)) if members else 0
+
+
+class _Shell:
+    """Reads commands line by line, from a terminal or a pipe, and has a console run them."""
+
+    def __init__(self, console: _Console) -> None:
+        self.console = console
+        is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.prompt = f"{' '.join(console.patterns)}> " if is_terminal else ""
+        self.found: list[str] = []  # what TAB offers for the present text
+
+    def run(self) -> int:
+        """Run commands until the end, `exit` or `quit`; return the worst exit status, on a terminal 0."""
+        if not self.prompt:
+            return max([0, *iter(self.step, None)])
+        print(SHELL_HELP)
+        for answer in self.console.ask(["which"], self.console.options.json).values():
+            if answer.status == 3:
+                print_error(answer.errors[0])
+        with self.line_editing():
+            while self.step() is not None:
+                pass
+        return 0
+
+    def step(self) -> int | None:
+        """Read and run one command; return its exit status, or None at the end."""
+        try:
+            words = self.read_words()
+            command, as_json = self.interpret(words)
+            if words in (["exit"], ["quit"]):
+                return None
+            if words and not command:
+                raise ValueError(f"{words[-1]}: which command?")
+            return self.console.run(command, as_json) if command else 0
+        except EOFError:
+            print(end="\n" if self.prompt else "")
+            return None
+        except ValueError as error:
+            print_error(str(error))
+            return 2
+        except KeyboardInterrupt:  # on a terminal it ends the line, or the waiting for a reply
+            if not self.prompt:
+                raise
+            print()
+            return 0
+
+    def read_words(self) -> list[str]:
+        """Read one command; a quoted text may go on in the next line."""
+        import shlex
+
+        text = input(self.prompt)
         while True:
             try:
-                words = shlex.split(input(prompt))
-                status = _run_words(client, words) if words else status
+                return shlex.split(text)
             except ValueError as error:
-                print_error(str(error))
-                status = 2
-    if prompt:
-        print()
-    return status
+                try:
+                    text += "\n" + input("... " if self.prompt else "")
+                except EOFError:
+                    raise error from None
 
+    def interpret(self, words: list[str]) -> tuple[list[str], bool]:
+        """Return the command that WORDS call, and whether in JSON."""
+        as_json = self.console.options.json or words[:1] == ["json"]
+        words = words[1:] if words[:1] == ["json"] else words
+        if words[:1] == ["call"]:  # also for a server's command `exit` or `json`
+            return words[1:], as_json
+        if words and re.fullmatch(":[^:]+:", words[0]):
+            return [words[0][1:-1], *words[1:]], as_json
+        return (["help", *words[1:]] if words[:1] == ["?"] else words), as_json
 
-def _complete_from(client: Client) -> None:
-    """Have readline complete commands first, then the names of the command's parameters."""
-    import readline
+    @contextlib.contextmanager
+    def line_editing(self) -> typing.Iterator[None]:
+        """Have readline complete, and remember the lines of earlier shells."""
+        try:
+            import readline
+        except ImportError:
+            yield
+            return
+        readline.set_completer(self.complete)
+        readline.set_completer_delims(" \t\n")
+        readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+        readline.set_history_length(HISTORY)
+        path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
+        with contextlib.suppress(OSError, ValueError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            readline.read_history_file(path)
+        yield
+        with contextlib.suppress(OSError, ValueError):
+            readline.write_history_file(path)
 
-    found: typing.Iterator[str] = iter(())
+    def complete(self, text: str, state: int) -> str | None:
+        """Complete commands first, then the names of the command's parameters; for readline."""
+        import readline
 
-    def complete(text: str, state: int) -> str | None:
-        nonlocal found
         if state == 0:
-            words = readline.get_line_buffer()[: readline.get_begidx()].split()
+            words, as_json = self.interpret(readline.get_line_buffer()[: readline.get_begidx()].split())
             command = [] if words[:1] == ["help"] else words[:1]
-            try:
-                names = client.call_json("which", *command)
-            except Error:
-                names = []
-            if command:
-                names = dict.fromkeys(itertools.chain.from_iterable(names))
-            found = (f"{name}::" if command else f"{name} " for name in names if name.startswith(text))
-        return next(found, None)
-
-    readline.set_completer(complete)
-    readline.set_completer_delims(" ")
-    readline.parse_and_bind("tab: complete")
+            answers = self.console.ask(["which", *command], as_json).values()  # the first one will do
+            pattern = ".+" if not command else r"\S+" if as_json else r"(\S+)::"
+            names = next((_names(answer, pattern) for answer in answers if not answer.status), [])
+            self.found = [name + ("::" if command else " ") for name in names if name.startswith(text)]
+        return self.found[state] if state < len(self.found) else None
 
 
 # ------------------------------------------------------------- command line ----
@@ -3803,36 +4014,39 @@ DEFAULT_SOCKET = "./mi_datagram.sock"
 
 # Of serving and of each subcommand: how it is written, and what it does.
 USAGES = {
-    "": (
-        "[-s NAME] [--load MODULE_OR_FILE[:NAME]]... [OPTION]...",
-        "Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.",
-    ),
-    "call": (
-        "call [-s NAME] [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...",
-        "Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.",
-    ),
-    "shell": ("shell [-s NAME] [--timeout MS]", "Run commands of a server as they are typed; `help` lists them."),
+    "": """[-s NAME] [--load MODULE_OR_FILE[:NAME]]... [OPTION]...
+        Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.
+        --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
+    "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
+        Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.""",
+    "shell": """shell [-s NAME]... [--json] [--timeout MS]
+        Run commands of a server as they are typed; `help` lists them, `exit` ends.""",
 }
 
 
 def _open_streams() -> None:
-    """Have a stdin and a stdout also where they are closed; what their encoding lacks is escaped."""
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    """Have streams where they are closed, so that no socket gets their number; escape what an encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    """Make the parser of `call`, of `shell`, or of serving (""); each option is spelt --a_b and --a-b.
+def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
+    """Parse the options of `call`, of `shell`, or of serving (""); --a_b and --a-b are the same option.
 
     Serving, `settings` are (parameter, value) pairs in their order, ("config", file) among them.
     """
     import argparse
 
-    usage, description = USAGES[command]
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> typing.NoReturn:
+            raise ParameterError(f"{message}; see `python -m {self.prog} --help`")
+
+    usage, _, description = USAGES[command].partition("\n")
+    parser = Parser(
         f"mi_datagram {command}".rstrip(),
         f"python -m mi_datagram {usage}",
         description,
@@ -3840,39 +4054,49 @@ def _parser(command: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mi_datagram {__version__}")
+    (_add_asking if command else _add_serving)(parser.add_argument)
+    what = "by position, by name, by position with :: in it" if command == "call" else argparse.SUPPRESS
+    parser.add_argument("words", nargs="*", metavar="COMMAND [VALUE | NAME::VALUE | ::VALUE]...", help=what)
+    words = list(arguments)
+    for index in range(words.index("--") if "--" in words else len(words)):
+        words[index] = re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), words[index])
+    options, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        behind = "; what begins with - and is no option stands behind --" if command == "call" else ""
+        parser.error(f"{unknown[0]}: there is no such option{behind}")
+    if command == "call" and not options.words:
+        parser.error("which command? `call which` lists them")
+    if command != "call" and options.words:
+        first, line = options.words[0], " ".join(options.words)
+        parser.error(f"{line}: " + (f"`{first}` stands first" if first in USAGES else f"did you mean `call {line}`?"))
+    return options
 
-    def add(names: str, meaning: str, **keywords: Any) -> None:
-        *short, name = names.split()
-        parser.add_argument(*short, f"--{name}", help=meaning, **keywords)
-        if "_" in name:
-            parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **keywords)
 
+def _add_asking(add: Callable[..., Any]) -> None:
+    """Add the options of `call` and `shell`."""
+    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*, are all asked"
+    add("-s", "--socket_name", help=names, metavar="NAME", action="append")
+    add("--timeout", help=f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
+    add("--reply_dir", help="where to make the socket that replies come to", metavar="DIR")
+    add("--json", help="ask in JSON-RPC 2.0, also values that are JSON, and print JSON", action="store_true")
+
+
+def _add_serving(add: Callable[..., Any]) -> None:
+    """Add the options of serving."""
     many: dict[str, Any] = {"action": "append", "default": []}
 
     def add_setting(names: str, meaning: str, metavar: str = "VALUE") -> None:
-        add(names, meaning, metavar=metavar, dest="settings", type=lambda value: (names.split()[-1], value), **many)
+        pair = functools.partial(lambda name, value: (name, value), names.rpartition("--")[2])
+        add(*names.split(), help=meaning, metavar=metavar, type=pair, dest="settings", **many)
 
-    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})"
-    if command:
-        add("-s socket_name", names, metavar="NAME", default=DEFAULT_SOCKET)
-        add("timeout", f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
-        add("reply_dir", "where to make the socket that replies come to", metavar="DIR")
-    else:
-        add_setting("-s socket_name", names, "NAME")
-        add("load", "serve its Interface called mi, or NAME", metavar="MODULE_OR_FILE[:NAME]", **many)
-        add_setting("config", 'read the modparam("mi_datagram", ...) lines of a file', "FILE")
-        add("allow_network", "let in the UDP peers of a network", metavar="NETWORK", **many)
-        add("allow_user", "let in a user on a UNIX socket", metavar="USER", **many)
-        add("-v verbose", "log more; twice: everything", action="count", default=0)
-        for name in PARAMETERS:
-            add_setting(name, _meaning(name))
-        parser.epilog = "--a_b and --a-b are the same. The last value wins; --load and --allow_... add up."
-    if command == "call":
-        add("json", "ask in JSON-RPC 2.0 and print JSON; values that are JSON are sent as such", action="store_true")
-        parser.add_argument("command", metavar="COMMAND", help="`which` lists them")
-        values = "by position, by name, by position with :: in it"
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="VALUE | NAME::VALUE | ::VALUE", help=values)
-    return parser
+    add_setting("-s --socket_name", f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})", "NAME")
+    add("--load", help="serve its Interface called mi, or NAME", metavar="MODULE_OR_FILE[:NAME]", **many)
+    add_setting("--config", 'read the modparam("mi_datagram", ...) lines of a file', "FILE")
+    add("--allow_network", help="let in the UDP peers of a network", metavar="NETWORK", **many)
+    add("--allow_user", help="let in a user on a UNIX socket", metavar="USER", **many)
+    add("-v", "--verbose", help="log more; twice: everything", action="count", default=0)
+    for name in PARAMETERS:
+        add_setting(f"--{name}", _meaning(name))
 
 
 def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -3935,6 +4159,8 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, S
     is_udp = isinstance(parse_socket_name(name), tuple)
     if options.allow_user if is_udp else options.allow_network:
         raise ParameterError("allow_network is for UDP, allow_user for a UNIX socket")
+    if options.allow_user and not SO_PASSCRED:
+        raise ParameterError("allow_user: this system does not tell who a peer is")
     allowed = [*options.allow_network, *options.allow_user]
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
     with _holding_signals():  # until there is somebody to remove the file
@@ -3964,31 +4190,16 @@ def _serve(server: UnixServer | UDPServer, signals: Signals, children_count: int
     return 0
 
 
-def _ask(command: str, *arguments: str) -> int:
-    """Run `call` or `shell`; give the exit status."""
-    _open_streams()
-    options = _parser(command).parse_args(arguments)
-    client = Client(options.socket_name, options.timeout, options.reply_dir)
-    try:
-        with client:
-            if command == "shell":
-                return _run_shell(client)
-            return _run_words(client, [options.command, *options.arguments], options.json)
-    except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
-        if isinstance(error, BrokenPipeError):
-            return 128 + 13  # as a shell says of SIGPIPE
-        print_error(str(error))
-        return 4
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; give the exit status."""
+    """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments[:1] in (["call"], ["shell"]) else ""
+    _open_streams()
     try:
-        if arguments[:1] in (["call"], ["shell"]):
-            return _ask(*arguments)
-        options = _parser("").parse_args(arguments)
+        options = _parse(command, arguments[1:] if command else arguments)
+        if command:
+            console = _Console(options)
+            return _Shell(console).run() if command == "shell" else console.run(options.words, options.json)
         level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
         log_writer = LogWriter()
         logging.basicConfig(level=level, handlers=[log_writer])
@@ -3997,16 +4208,26 @@ def main(arguments: list[str] | None = None) -> int:
         for number in SIGNALS:  # one that comes while the interpreter ends is not to kill it
             signal.signal(number, signal.SIG_IGN)
         return status
-    except (Error, OSError) as error:
+    except Error as error:
         print_error(str(error))
         return 2
+    except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
+        if isinstance(error, BrokenPipeError):
+            return 128 + 13  # as a shell says of SIGPIPE
+        print_error(str(error))
+        return 4 if command else 2
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    sys.modules["mi_datagram"] = sys.modules["__main__"]  # a loaded file's `import mi_datagram` is this copy
-    sys.exit(main())
+    # What is loaded imports this copy under the name that it was started by, which its package may have done before.
+    _name = __spec__.name if __spec__ else "mi_datagram"
+    _module: Any = sys.modules.setdefault(_name, sys.modules["__main__"])
+    if "." in _name:
+        setattr(sys.modules[_name.rpartition(".")[0]], _name.rpartition(".")[2], _module)
+    sys.exit(_module.main())
 
 # --------------------------------------------------------------------- 0BSD ----
 #

@@ -452,10 +452,10 @@ CORE_REPLIES = [  # core commands in the line dialect, and their replies as the 
     ("arg:\n", "".join([re.escape(argument) + "\n" for argument in sys.argv])), ("debug:\n", r"DEBUG:: 0\n"),
     ("log_level:\n", r"Log level:: 1\n"), ("kill:\n", ""),
     ("which:\n", "".join([f"{command}\n" for command in sorted([*CORE, "flush", "size"])])),
-    ("which:\nflush\n", "\n\tzone\n\n\tzone\n\tlimit\n"), ("which:\ncache:\n", "size\n"),
+    ("which:\nflush\n", "flush zone::\nflush zone:: limit::\n"), ("which:\ncache:\n", "size\n"),
     ("help:\n", r"(.*\n)*flush:: Drop the entries of ZONE\.\n(.*\n)*size:: \n(.*\n)*"),
     ("help:\nsize\n", "Usage:: size\n"),
-    ("help:\nflush\n", r"Usage:: flush ZONE \[LIMIT\]\nHelp:: \n\tDrop the entries of ZONE\.\n\t\n\tAt most LIMIT\.\n"),
+    ("help:\nflush\n", r"Usage:: flush ZONE \[LIMIT:int\]\nHelp:: \n\tDrop the entries of ZONE\.\n\t\n\tAt most LIMIT\.\n"),
     ("get_statistics:\nall\n", r"(\w+:\w+:: \d+\n)+"), ("threads:\n", r"(Thread:: [^\n]+\n(\t[^\n]+:\d+ [^\n]+\n)+)+"),
     ("get_statistics:\nsize\nnone\nhits\n", "cache:size:: 7\ncache:hits:: 3\nother:hits:: 1\n"),
     ("clear_statistics:\ncache:hits\n", "cache:hits:: 3\n"), ("reset_statistics:\nother:\n", ""),
@@ -484,7 +484,8 @@ SHAPES = [  # names of a command, its params, the answer, of texts a pattern, as
     ("help", {"mi_cmd": "statistics:get"}, {"Help": ".+", "Exported by": "statistics", "Usage": "get_statistics .+"}),
     ("help", {"command": "size"}, {"Help": "", "Exported by": "cache", "Usage": "cache:size"}),
     ("which", ["none:"], GONE),
-    ("help", ["flush"], {"Help": "D(.*\n)+At most LIMIT.", "Exported by": "probe", "Usage": r"flush ZONE \[LIMIT\]"}),
+    ("help", ["flush"], {"Help": "D(.*\n)+At most LIMIT.", "Exported by": "probe",
+     "Usage": r"flush ZONE \[LIMIT:int\]"}),
     *[("get_statistics statistics:get", params, BOTH)
      for params in ({"statistics": ["size", "other:"]}, [["size", "other:"]], ["size", "other:"])],
     ("get_statistics", {"statistics": []}, error(*BAD_PARAMS, "Empty array in parameter 'statistics'")),
@@ -556,11 +557,11 @@ def test_import(code):
 
 
 def test_the_protocol_knows_no_sockets():
-    """Nothing above the section of the handler names `socket` or `socketserver`."""
+    """Nothing above the section of sending names `socket` or `socketserver`, turn-taking included."""
     tree = ast.parse(MODULE.read_text("utf-8"))
-    (handler,) = [node.lineno for node in tree.body if getattr(node, "name", "") == "Handler"]
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.lineno < handler}
-    assert "Interface" in names and not {"socket", "socketserver"} & names
+    (sending,) = [node.lineno for node in tree.body if getattr(node, "name", "") == "_timeval"]
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.lineno < sending - 20}
+    assert "LeaderFollowers" in {node.name for node in tree.body if getattr(node, "lineno", 0) < sending and isinstance(node, ast.ClassDef)} and not {"socket", "socketserver"} & names
 
 
 # ------------------------------------------------------------------ the line dialect ----
@@ -999,7 +1000,7 @@ def test_deferrals_that_are_refused():
     mi, deferreds = later()
     mi.command(lambda request: deferreds[0], name="thief", pass_request=True)
     assert mi.answer(b":later:\n1000\n") is None
-    for refused in (b":thief:\n", b":later:\nnan\n", b":later:\n-1\n"):
+    for refused in (b":thief:\n", b":later:\n-1\n"):
         assert mi.answer(refused) == b"500 command failed\n"
     assert deferreds[0].drop()
     with pytest.raises(mi_datagram.Error, match="nobody waits"):
@@ -1057,6 +1058,7 @@ def test_async_commands_run_on_the_loop(name, loop):
             ("request::4", {"request": 4}, b"200 OK\nline:: 2.5\n", {"json": 2.5}),
             ("0", [0], b"500 command failed\n", error(-32000, "Server error")),
             ("4\nrefuse", [4, "refuse"], b"404 Not Found\n", error(404, "Not Found")),
+            ("x", ["x"], b"400 Bad parameter\n", error(*BAD_PARAMS, "Bad type for parameter 'request'")),
             ("4\nexit", [4, "exit"], b"500 command failed\n", error(-32000, "Server error")),
         ):
             assert ask(server, f":divide:\n{text}".encode()) == reply
@@ -1294,7 +1296,7 @@ def test_names_of_sockets_and_looks_of_replies(folder):
     peers = [str(mi_datagram.Peer(("fe80::1", 5, 0, scope))) for scope in (0, 3)]
     assert peers == ["udp:[fe80::1]:5", "udp:[fe80::1%3]:5"]
     with interface().server(folder / "s", reply_indent="| ", pretty_printing=True) as server:
-        assert ask(server, b":which:\necho\n") == b"200 OK\n\n" and b"\n| " in ask(server, b":threads:\n")
+        assert b"\n| " in ask(server, b":threads:\n")
         assert rpc(None, "echo", [1], lambda request: ask(server, request)) == [1]
     assert {*mi_datagram.Parameters.__annotations__} == {*mi_datagram.PARAMETERS}
 
@@ -2880,7 +2882,7 @@ def test_all_threads_are_held(name):
         wait_until(lambda: len(runs) > 4)
         operator.settimeout(1)
         for _ in range(3):
-            for request in (b":uptime:\n", b":threads:\n", b":get_statistics:\n"):
+            for request in (b":uptime:\n", b":threads:\n", b":get_statistics:\nall\n"):
                 assert ask(server, request, operator).startswith(b"200 OK\n")
             assert json.loads(ask(server, b'{"jsonrpc":"2.0","method":"ps","id":1}', operator))["result"]
         send(server, other, *[b":echo:\n%d\n" % number for number in range(QUEUE)])
@@ -2984,7 +2986,7 @@ def test_client_takes_no_late_reply(name):
 
 
 def test_client_hears_its_server_alone(name):
-    """What anybody else sends to a client's address does not arrive."""
+    """What anybody else sends to a client's address is not taken, though he has the server's user."""
     mi = interface()
 
     @mi.command(pass_request=True)
@@ -2997,44 +2999,168 @@ def test_client_hears_its_server_alone(name):
         assert client.call("spoof").nodes == [Node(None, "right")] and client.call_json("spoof") == "right"
 
 
-def test_nobody_but_the_server_can_send_to_a_client(folder, monkeypatch):
-    """A Client is connected before it has a name, so what others send to that name never arrives."""
-    calls = []
-
-    class Recorded(socket.socket):
-        def connect(self, address):
-            calls.append("connect")
-            super().connect(address)
-
-        def bind(self, address):
-            calls.append("bind")
-            super().bind(address)
-
-    with serving(interface(), folder / "s") as server:
-        monkeypatch.setattr(mi_datagram.socket, "socket", Recorded)
-        with Client(server.socket_name) as client:
-            assert client.call("nothing").ok and calls == ["connect", "bind"]
+@contextlib.contextmanager
+def stand_in(name, serve, calls=1):
+    """Have a plain socket in place of a server; SERVE(socket, request, client) does what others and hostile ones do."""
+    family = socket.AF_INET if name == "udp:" else socket.AF_UNIX
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0) if name == "udp:" else str(name))
+        thread = in_thread(lambda: [serve(sock, *sock.recvfrom(1 << 16)) for _ in range(calls)])
+        yield f"udp:127.0.0.1:{sock.getsockname()[1]}" if name == "udp:" else name
+        thread.join(DEADLINE)
 
 
+US, NOBODY, OTHER = os.getuid(), 65534, 65533
+REPLIERS = [  # who owns the socket file, who replies, from which socket, and whether a client takes it
+    (US, US, "server", True), (US, US, "unbound", True), (US, US, "elsewhere", False),  # the second: OpenSIPS
+    (0, NOBODY, "server", True), (0, NOBODY, "unbound", False), (0, NOBODY, "elsewhere", False),
+    (NOBODY, NOBODY, "unbound", True), (NOBODY, 0, "unbound", True), (NOBODY, OTHER, "unbound", False),
+    (NOBODY, OTHER, "./s", False), (NOBODY, 0, "./s", True),  # anybody can have a relative name, in another folder
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("owner, replier, whence, taken", REPLIERS)
+def test_whose_reply_a_client_takes(folder, monkeypatch, owner, replier, whence, taken):
+    """It takes what comes from the server's address, or unbound from the file's owner or root; nothing else."""
+    if US and {owner, replier} != {US}:
+        pytest.skip("only root can send as somebody else")
+    monkeypatch.chdir(folder)
+    path = "./s" if whence == "./s" else str(folder / "s")
+
+    def serve(server, request, client):
+        child = os.fork()
+        if not child:
+            try:
+                sock = server if whence == "server" else socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                if whence in ("elsewhere", "./s"):
+                    os.mkdir("other")
+                    os.chdir("other")
+                    sock.bind("" if whence == "elsewhere" else whence)
+                os.setuid(replier)
+                sock.sendto(b"200 OK\nfirst\n", client)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        with contextlib.suppress(ConnectionError):
+            server.sendto(b"200 OK\nlast\n", client)
+
+    with stand_in(path, serve), Client(path) as client:
+        os.chown(path, owner, -1)
+        assert client.call("anything").nodes == [Node(None, "first" if taken else "last")]
+
+
+@pytest.mark.parametrize("name, dialect", [("./s", "line"), ("./s", "json"), ("udp:", "json")])
+def test_client_gives_up(folder, monkeypatch, name, dialect):
+    """At its timeout a client gives up, however many datagrams that are no reply go on coming; it says what they are."""
+    monkeypatch.chdir(folder)
+    flood = []
+
+    def serve(server, request, client):
+        flood.append(os.fork())
+        if not flood[0]:
+            with contextlib.suppress(OSError):
+                sock = server
+                if dialect == "line":
+                    sock = socket.socket(server.family, socket.SOCK_DGRAM)
+                    sock.bind("")
+                end = time.monotonic() + DEADLINE
+                while time.monotonic() < end:
+                    sock.sendto(b'{"result":1,"id":9}', client)
+            os._exit(0)
+
+    with stand_in(name, serve) as name, Client(name, timeout=50) as client:
+        begin = time.monotonic()
+        with pytest.raises(mi_datagram.NoAnswer, match="within 50 ms; a datagram was dropped: "):
+            client.call("x") if dialect == "line" else client.call_json("x")
+        assert time.monotonic() - begin < 3
+    os.kill(flood[0], signal.SIGKILL)
+    os.waitpid(flood[0], 0)
+
+
+def test_client_of_a_server_that_does_not_read(folder):
+    """Where a server's queue is full, a client gives up at its timeout, and sleeps until then."""
+    with bound_socket(folder / "s"), Client(folder / "s", timeout=300) as client, contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other, contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"x", socket.MSG_DONTWAIT, str(folder / "s"))
+        socket.setdefaulttimeout(DEADLINE)  # which is the program's and not ours
+        begin = time.process_time()
+        with pytest.raises(mi_datagram.NoAnswer):
+            client.call("anything")
+        assert time.process_time() - begin < 0.1
+
+
+DEEP = b'{"id":1,"result":' + b"[" * 200 + b"]" * 200 + b"}"
 HOSTILE_ANSWERS = [
-    b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":2,"result":1}',
+    b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":2,"result":1}', DEEP,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("answer", HOSTILE_ANSWERS, ids=range(len(HOSTILE_ANSWERS)))
 def test_client_takes_no_nonsense(folder, answer):
     """What is no answer to the present call is passed over, whatever it is, and the answer that follows is taken."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server, Client(str(folder / "s")) as client:
-        server.bind(str(folder / "s"))
+    def serve(server, request, client):
+        server.sendto(answer, client)
+        server.sendto(b'{"jsonrpc":"2.0","result":"right","id":1}', client)
 
-        def serve():
-            _, address = server.recvfrom(1000)
-            server.sendto(answer, address)
-            server.sendto(b'{"jsonrpc":"2.0","result":"right","id":1}', address)
-
-        thread = in_thread(serve)
+    with stand_in(folder / "s", serve), Client(folder / "s") as client:
         assert client.call_json("anything") == "right"
-        thread.join(DEADLINE)
+
+
+def test_deep_replies(folder):
+    """A reply of more than 200 levels is NoAnswer, which says so, in either dialect."""
+    replies = iter([b"200 OK\n" + b"".join([b" " * depth + b"x\n" for depth in range(300)]), DEEP])
+    with stand_in(folder / "s", lambda server, request, client: server.sendto(next(replies), client), 2):
+        with Client(folder / "s", 50) as client:
+            for call in client.call, client.call_json:
+                with pytest.raises(mi_datagram.NoAnswer, match="deeper than 200"):
+                    call("anything")
+
+
+@pytest.mark.parametrize("default", [0, 0.05])
+def test_timeout_of_the_program_is_not_the_clients(name, default):
+    """What a program sets by socket.setdefaulttimeout has no effect on a client."""
+    mi, _, go = blocking()
+    with serving(mi, name) as server, contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(default)
+        threading.Timer(0.2, go.set).start()
+        with Client(server.socket_name, timeout=DEADLINE * 1000) as client:
+            assert client.call("block").nodes == [Node(None, "done")] and client.call_json("block") == "done"
+
+
+def test_client_in_a_forked_process(folder, name):
+    """In a forked process a client makes a socket of its own, and leaves its parent's and its folder alone."""
+    mi = interface()
+    mi.command(lambda request: str(request.peer.address), name="whence", pass_request=True)
+    (folder / "replies").mkdir()
+    with serving(mi, name) as server, Client(server.socket_name, reply_dir=folder / "replies") as client:
+        ours, (reading, writing) = client.call_json("whence"), os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                with client:
+                    os.write(writing, client.call_json("whence").encode())
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(reading, 1000).decode() not in (ours, "") and client.call_json("whence") == ours
+        os.close(reading), os.close(writing)
+
+
+def test_client_of_a_link_local_address():
+    """A link-local IPv6 address stands with its scope."""
+    lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    local = [(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line[0])), line[5]) for line in lines if line[3] == "20"]
+    if not local:
+        pytest.skip("no interface here has a link-local address")
+    (address, device), *_ = local
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as server:
+        server.bind((address, 0, 0, socket.if_nametoindex(device)))
+        in_thread(lambda: server.sendto(b"200 OK\nhere\n", server.recvfrom(100)[1]))
+        with Client(f"udp:[{address}%{device}]:{server.getsockname()[1]}") as client:
+            assert client.call("x").nodes == [Node(None, "here")]
 
 
 @pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}])
@@ -3050,9 +3176,14 @@ def test_reply_dir_is_where_the_replies_come_to(folder):
     mi = interface()
     mi.command(lambda request: seen.append(request.peer.address), name="note", pass_request=True)
     (folder / "replies").mkdir()
-    with serving(mi, folder / "s") as server, Client(server.socket_name, reply_dir=str(folder / "replies")) as client:
-        assert client.call("note").code == 200
-        assert client.call_json("note") == "OK"
+    before = os.umask(0o077)
+    try:
+        with serving(mi, folder / "s"), Client(folder / "s", reply_dir=folder / "replies") as client:
+            assert client.call("note").code == 200
+            assert client.call_json("note") == "OK"
+            assert stat.S_IMODE(os.stat(seen[0]).st_mode) == 0o666  # a server of any user can write to it
+    finally:
+        os.umask(before)
     assert seen[0] == seen[1] and Path(seen[0]).parent.parent == folder / "replies"
     assert not os.listdir(folder / "replies")
 
@@ -3115,11 +3246,14 @@ def echo(request, *values, **named):
 def cache_flush(zone: str = "all", limit: int = 0):
     """Drop the cached entries of ZONE."""
     if zone == "none":
-        raise CommandError(404, "No such zone")
+        raise CommandError(404, "No such zone", {"zone": "n\xf6ne\x9b\u202e"})
     return {"Flushed": {"zone": zone, "limit": limit}}
 
 @mi.command
 def nothing(): pass
+
+@mi.command
+def exit(): return "left"
 
 @mi.command
 def who(): return os.getpid()
@@ -3150,7 +3284,6 @@ WRONG = [f"--{name} {value}" for name, values in {  # an option and its value, a
     "unix_socket_group": ("no-such-name", "-1", "4294967296", "\u00b2"),
     "socket_timeout": ("-1", "2s", "1e3", "\u00b2"),
     "socket_buf_size": ("0", "-1", "64k", "1000000000000", "65536 --socket_name udp:127.0.0.1:0"),
-    "reply_indent": ("x",),
     "pretty_printing": ("maybe",),
     "children_count": ("0", "-1", "two"),
     "config": ("missing.cfg", "folder"),
@@ -3161,7 +3294,7 @@ WRONG = [f"--{name} {value}" for name, values in {  # an option and its value, a
 
 WRONG_IN_FILE = [
     'socket_name, "udp:"', "socket_name, 1", "unix_socket_mode, 660", "unix_socket_mode, 09", 'unix_socket_user, "\\""',
-    "socket_timeout, -1", "socket_timeout, 0x", "socket_timeout, soon", 'pretty_printing, "maybe"', "children_count, 0",
+    'reply_indent, "\\n"', "socket_timeout, -1", "socket_timeout, 0x", "socket_timeout, soon", 'pretty_printing, "maybe"', "children_count, 0",
 ]
 
 LITERALS = [  # a value as it stands in a file, and what it is
@@ -3201,6 +3334,11 @@ request_route {
 /* and here the file ends: modparam("mi_datagram", "socket_name", "./wrong7")
 '''
 
+PACKAGES = [  # how a copy of the file is started, the __init__.py of the package that it is in, and what is loaded
+    ("-m pack.mi_datagram", "", "pack.ops"), ("mi_datagram.py", None, "ops.py"), ("-m mi_datagram", None, "ops.py"),
+    ("-m pack.mi_datagram", "from . import mi_datagram; mi = mi_datagram.Interface()", "pack"),
+]
+
 LOADS = [  # what to load, beside OPS in a.py, and what the refusal says
     ("mi = 1", ["b.py"], ["b.py", "mi"]),
     (OPS, ["b.py:ours"], ["b.py", "ours"]),
@@ -3212,27 +3350,38 @@ LOADS = [  # what to load, beside OPS in a.py, and what the refusal says
 COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     (["nothing"], 0, "", ""),
     (["echo", "a", "b c", "", 'say "hi"', "two\nlines"], 0, 'a\nb c\n\nsay "hi"\ntwo\\nlines\n', ""),
-    (["echo", "n::v", "n::", "::x::y", "-1", "--json"], 0, "n:: v\nn:: \nx::y\n-1\n--json\n", ""),
+    (["echo", "n::v", "n::", "::x::y", "-1", "--", "--json", "-x"], 0, "n:: v\nn:: \nx::y\n-1\n--json\n-x\n", ""),
     (["cache_flush", "limit::3", "zone::x"], 0, "Flushed:: \n\tzone:: x\n\tlimit:: 3\n", ""),
     (["cache_flush", "none"], 1, "", "404 No such zone\n"),
-    (["cache_flush", "limit::many"], 1, "", "400 Bad parameter\n"),
+    (["cache_flush", "limit::many"], 1, "", "400 Bad parameter\nUsage:: cache_flush [ZONE] [LIMIT:int]\n"),
+    (["cache_flush", "1", "2", "3"], 1, "", "400 Too few or too many arguments\nUsage:: cache_flush [ZONE] [LIMIT:int]\n"),
+    (["--json", "nothing", "1"], 1, "",
+     '-32602 Invalid params: "Too few or too many parameters"\nUsage:: nothing\n'),
+    (["cache_flsh"], 1, "", "500 command not available\ndid you mean cache_flush?\n"),
+    (["--json", "cache_flsh"], 1, "", "-32601 Method not found\ndid you mean cache_flush?\n"),
     (["nonesuch"], 1, "", "500 command not available\n"),
-    (["--json", "cache_flush", "none"], 1, "", "404 No such zone\n"),
-    (["--json", "nonesuch"], 1, "", "-32601 Method not found\n"),
-    *[(["--json", *words], 0, json.dumps(result, indent=4) + "\n", "") for words, result in [
-        (["nothing"], "OK"),
-        (["echo", "1", "-1.5", "true", '{"a":[]}', "x", '"1"'], [1, -1.5, True, {"a": []}, "x", "1"]),
-        (["cache_flush", "limit::3", "zone::x"], {"Flushed": {"zone": "x", "limit": 3}}),
+    (["--json", "cache_flush", "none"], 1, "", '404 No such zone: {"zone": "n\xf6ne\\u009b\\u202e"}\n'),
+    *[(words, 0, json.dumps(result, indent=4, ensure_ascii=False) + "\n", "") for words, result in [
+        (["--json", "nothing"], "OK"),
+        (["--json", "echo", "1", "-1.5", "true", '{"a":[]}', "x", '"1"'], [1, -1.5, True, {"a": []}, "x", "1"]),
+        (["cache_flush", "limit::3", "--json", "zone::x"], {"Flushed": {"zone": "x", "limit": 3}}),
+        (["echo", "\u20ac", "--json"], ["\u20ac"]),
     ]],
+    (["--json", "echo", "[" * 150 + "1,1" + "]" * 150], 0, "[" * 151 + "1, 1" + "]" * 151 + "\n", ""),
 ]
-WRONG_CALLS = [[], ["a:b"], ["echo", '"\\'], ["--json", "echo", "a", "b::c"], ["--timeout", "soon", "nothing"],
-               ["--timeout", "0", "nothing"], ["-s", "nonsense", "nothing"], ["--nonsense", "nothing"]]
+WRONG_CALLS = [  # wrong words of the command line, and what the one line about them says
+    (["call"], "which command? `call which` lists them"), (["call", "a:b"], "a:b"), (["call", "echo", '"\\'], "backslash"),
+    (["call", "--json", "echo", "a", "b::c"], "not both"), (["call", "--timeout", "soon", "nothing"], "soon"),
+    (["call", "--timeout", "0", "nothing"], "timeout"), (["call", "nothing", "-s", "nonsense"], "nonsense"),
+    (["call", "nothing", "-x"], "-x: there is no such option; what begins with - and is no option stands behind --"),
+    (["uptime"], "did you mean `call uptime`?"), (["-s", "./s", "call", "uptime"], "`call` stands first"),
+    (["--nonsense"], "--nonsense"), (["shell", "uptime"], "did you mean `call uptime`?"), (["--config"], "--config"),
+    (["shell", "-s", "nonsense"], "nonsense"),
+]
 
 CTRL_C = [  # words, what is shown first, keys to type then, exit status
     ("--socket_name ./own", "listening on ", "", 0),
     ("call -s ./s --timeout 600000 hold held", "", "", 130),
-    ("shell -s ./s", "> ", "", 130),
-    ("shell -s ./s --timeout 600000", "> ", "hold held\r", 130),
 ]
 
 CANNOT_SERVE = [  # what a loaded file does to the children, and what the log says of it
@@ -3393,12 +3542,12 @@ def end(server, how, path):
 class Terminal:
     """`python -m mi_datagram ARGUMENTS` in a terminal of its own, until the block ends."""
 
-    def __init__(self, *arguments, cwd=None):
+    def __init__(self, *arguments, cwd=None, history=""):
         self.descriptor, inner = os.openpty()
         self.text = ""
         self.popen = subprocess.Popen(
             [*MI, *map(str, arguments)], stdin=inner, stdout=inner, stderr=inner,
-            cwd=cwd, env={**os.environ, "TERM": "vt100", "INPUTRC": "/dev/null"},
+            cwd=cwd, env={**os.environ, "TERM": "vt100", "INPUTRC": "/dev/null", "MI_DATAGRAM_HISTORY": str(history)},
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(inner)
@@ -3567,6 +3716,44 @@ def test_load_refused(folder, text, loads, named):
     assert not (folder / "s").exists()
 
 
+@pytest.mark.parametrize("start, package, load", PACKAGES)
+def test_copy_that_is_run_is_the_one_that_is_imported(folder, start, package, load):
+    """Whatever the name under which the file was started, what it loads imports the same copy by that name."""
+    home, imports = folder, "import mi_datagram"
+    if package is not None:
+        home = folder / "pack"
+        imports = "import pack.mi_datagram; from . import mi_datagram; assert pack.mi_datagram is mi_datagram"
+        home.mkdir()
+        (home / "__init__.py").write_text(package)
+    shutil.copy(MODULE, home)
+    (home / "ops.py").write_text(f"{imports}; mi = mi_datagram.Interface()")
+    python = [sys.executable, "-W", "ignore", *start.split()]
+    with process("-s", "./s", "--load", load, command=python, cwd=folder, env={"PYTHONPATH": str(folder)}):
+        assert values(folder / "s", "version")
+
+
+def test_two_copies_of_two_versions_serve_in_one_process(folder):
+    """Two copies of the file in one process, of two versions, know nothing of each other."""
+    for version in ("1", "2"):
+        (folder / f"pack{version}").mkdir()
+        text = MODULE.read_text().replace("__version__ = ", f'__version__ = "{version}"  # ')
+        (folder / f"pack{version}" / "mi_datagram.py").write_text(text)
+    code = """
+from pack1 import mi_datagram as one; from pack2 import mi_datagram as two
+with one.Interface().server("./1") as a, two.Interface().server("./2") as b, one.Client("./2") as c, two.Client("./1") as d:
+    print(c.call_json("version"), d.call_json("version"))
+"""
+    done = run(sys.executable, "-W", "error", "-c", code, cwd=folder)
+    assert done.stdout == "{'Server': 'mi_datagram (2)'} {'Server': 'mi_datagram (1)'}\n", done.stderr
+
+
+def test_shebang(folder):
+    """The file can be executed as it is."""
+    (folder / "python3").symlink_to(sys.executable)
+    done = run(MODULE, "--version", env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"})
+    assert done.stdout.startswith("mi_datagram ")
+
+
 # ---- call and shell
 
 
@@ -3601,12 +3788,49 @@ def test_call_with_a_reply_dir(folder, main, option):
     assert os.listdir(folder / "replies") == []
 
 
-@pytest.mark.parametrize("words", WRONG_CALLS)
-def test_call_wrong_usage(ops, main, words):
-    """What cannot be sent exits with 2."""
-    done = main("call", "-s", ops, *words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("words, why", WRONG_CALLS)
+def test_wrong_usage(ops, main, words, why):
+    """Wrong usage, and what cannot be sent, is one line that says what is wrong, and exits with 2."""
+    done = main(*words[:1], *["-s", ops][: 2 * (words[:1] == ["call"])], *words[1:])
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and why in done.stderr
+
+
+def test_call_of_several_servers(folder, main, monkeypatch):
+    """A command runs on all servers at once; replies stand under the sockets' names, and the worst exit status counts."""
+    monkeypatch.chdir(folder)
+    dead_socket(folder / "c.sock")
+    (folder / "d.sock").write_text("no socket")
+    meet = threading.Barrier(2, timeout=DEADLINE)
+    gone, names = "mi_datagram: nobody listens on ./c.sock\n", ["-s", "./[ab]*.sock", "-s", "./[c-z].sock", "-s", "./a.sock"]
+    both = "./a.sock: 500 command not available\n./b.sock: 500 command not available\n"
+    with contextlib.ExitStack() as stack:
+        for letter in "ab":
+            mi = interface()
+            mi.command(lambda letter=letter: [meet.wait() * 0, letter], name="meet")
+            stack.enter_context(serving(mi, f"./{letter}.sock"))
+        for words, status, stdout, stderr in [
+            ([*names, "meet"], 3, "./a.sock:: \n\t0\n\ta\n./b.sock:: \n\t0\n\tb\n", gone),
+            ([*names[:2], "echo", "x"], 0, "./a.sock:: \n\tx\n./b.sock:: \n\tx\n", ""),
+            ([*names[:2], "--json", "echo"], 0, '{\n    "./a.sock": [],\n    "./b.sock": []\n}\n', ""),
+            ([*names, "nonesuch"], 3, "", both + gone), (["-s", "./a*", "echo", "x"], 0, "x\n", ""),
+            (["-s", "./z*", "nothing"], 3, "", gone.replace("c.sock", "z*")),
+        ]:
+            done = main("call", *words)
+            assert (done.returncode, done.stdout, done.stderr) == (status, stdout, stderr)
+        done = run(*MI, "shell", "--json", *names, input="echo\nwhich nonesuch\n", cwd=folder)
+        assert done.returncode == 3 and {*json.loads(done.stdout)} == {"./a.sock", "./b.sock"}
+        (folder / "[ab]*.sock").symlink_to("a.sock")  # a name that is there is no pattern
+        assert main("call", *names[:2], "echo", "x").stdout == "x\n"
+
+
+SAID = "limit=5 is sent as a value by position; by name it is limit::5"
+
+
+@pytest.mark.parametrize("words, said", [(["echo", "limit=5"], f"mi_datagram: {SAID}\r\nlimit=5"), (["nothing"], "OK")])
+def test_what_call_says_on_a_terminal(ops, words, said):
+    """On a terminal a line says how a parameter is named, and OK that a command had nothing to say."""
+    with Terminal("call", "-s", ops, *words) as terminal:
+        assert terminal.end() == (0, said)
 
 
 def test_help(main):
@@ -3649,7 +3873,13 @@ STREAMS = {  # what a shell makes of the streams: the exit status, and what stde
     "printf 'euro\\nbad \\377\\neuro\\n' | " + CALL.replace("call", "shell") + "> out; test $(wc -l < out) = 2": (0, None),
     CALL + "--json echo $(printf '[%.0s' $(seq 30000))": (0, ""),
     CALL + "escape": (1, "404 \\x1b]0;owned\\x07\n"),
-    CALL + "garbage": (3, "mi_datagram: the reply cannot be read: no first line 'CODE REASON' at byte 0\n"),
+    CALL + "garbage": (3, "mi_datagram: the reply of ./s cannot be read: no first line 'CODE REASON' at byte 0\n"),
+    "PYTHONIOENCODING=ascii " + CALL + "--json euro | grep -q 'u20ac'": (0, ""),
+    CALL.replace("./s", "./none") + "nothing 2>/dev/full": (3, ""),
+    CALL + "none 2>/dev/full": (1, ""),
+    "test -z \"$(" + CALL.replace("./s", "./none") + "nothing 2>&-)\" && " + CALL.replace("./s", "./none") + "nothing 2>&-": (3, ""),
+    CALL.replace("-s ./s", "") + "2>&-": (2, ""),
+    CALL + "--nonsense 2>/dev/full": (2, ""),
 }
 
 
@@ -3666,7 +3896,7 @@ def test_streams_of_the_command_line(folder, command):
 
     with serving(mi, folder / "s") as server:
         if "garbage" in command:
-            server.interface.answer, server.finish_request = None, lambda request, address: server._send_reply(b"?", address)
+            server.interface.answer, server.finish_request = None, lambda request, address: request[1].sendto(b"?", address)
         done = run("bash", "-o", "pipefail", "-c", command, cwd=folder)
     status, said = STREAMS[command]
     assert done.returncode == status and said in (None, done.stderr), done
@@ -3679,29 +3909,91 @@ def test_server_that_lacks_a_descriptor(folder):
     assert not os.listdir(folder)
 
 
-def test_shell_through_a_pipe(ops):
-    """`shell` runs each line that it reads, with no prompt, and goes on after an error."""
-    lines = 'echo a "b c" n::v\n\nnonesuch\necho "\ncache_flush limit::3\nhelp cache_flush'
+SHELL_LINES = [  # what is typed, what comes, the exit status
+    ('echo a "b c" n::v\n\nnothing\n', "a\nb c\nn:: v\n", 0), ("? nothing\nhelp nothing", "Usage:: nothing\n" * 2, 0),
+    ("nonesuch\ncache_flush limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 1), ("echo x\na:b\nnothing", "x\n", 2),
+    ('echo "two\nlines" x::"\n"\necho y', "two\\nlines\nx:: \\n\ny\n", 0), ('echo x\necho "y', "x\n", 2),
+    (":cache_flush: limit::3", "Flushed:: \n\tzone:: all\n\tlimit:: 3\n", 0), ("json\ncall", "", 2),
+    ("exit\necho x", "", 0), ("quit", "", 0), ("call exit\njson call exit", 'left\n"left"\n', 0),
+    ("json echo 1\njson nonesuch", "[\n    1\n]\n", 1),
+]
+
+
+@pytest.mark.parametrize("lines, stdout, status", SHELL_LINES, ids=range(len(SHELL_LINES)))
+def test_shell_through_a_pipe(ops, lines, stdout, status):
+    """`shell` runs each line that it reads, without a prompt, goes on after errors, and exits with the worst status."""
     done = run(*MI, "shell", "-s", ops, input=lines)
-    assert done.stdout.startswith("a\nb c\nn:: v\nFlushed:: \n\tzone:: all\n\tlimit:: 3\n")
-    assert "Drop the cached entries of ZONE." in done.stdout
-    assert done.stderr.startswith("500 command not available\n") and done.stderr.count("\n") == 2
-    assert done.returncode == 0
+    assert (done.stdout, done.returncode, bool(done.stderr)) == (stdout, status, status > 0)
 
 
-def test_shell_in_a_terminal(ops):
-    """`shell` prompts, completes commands and names of parameters from the server, has history, and ends at Ctrl-D."""
-    with Terminal("shell", "-s", ops) as terminal:
-        for keys, shown in [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n")]:
-            terminal.type(keys)
-            terminal.expect(shown)
-        for keys, shown in [("\033[A\r", "\tlimit:: 3\r\n"), ("help upt\t\r", "Usage:: uptime\r\n")]:
-            terminal.expect("> ")
-            terminal.type(keys)
-            terminal.expect(shown)
-        terminal.expect("> ")
+def test_shell_in_a_terminal(folder, ops):
+    """`shell` prompts, completes, says OK for nothing, knows what earlier ones were told, and drops a line at Ctrl-C."""
+    typed = [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n"), ("", "> "),
+             ("\033[A\r", "\tlimit:: 3\r\n"), ("", "> "), ("help upt\t\r", "Usage:: uptime\r\n"), ("", "> "),
+             ("json ? upt\t\r", '"Usage": "uptime'), ("", "> "), ("nothing\r", "OK\r\n"), ("", "> "),
+             ("dropped", "dropped"), ("\3", "> ")]
+    for keys, last in (typed, "\4"), ([("\033[A\r", "nothing\r\nOK\r\n"), ("", "> ")], "exit\r"):
+        with Terminal("shell", "-s", ops, history=folder / "history") as terminal:
+            for key, shown in [("", "> "), *keys]:
+                terminal.type(key)
+                terminal.expect(shown)
+            terminal.type(last)
+            assert terminal.end() == (0, last.strip("\4\r"))
+    history = (folder / "history").read_text()
+    assert stat.S_IMODE((folder / "history").stat().st_mode) == 0o600 and "dropped" not in history and "\nexit\n" in history
+
+
+def test_shell_and_a_server_that_comes_and_goes(folder):
+    """On a terminal `shell` says at once when nobody listens, and finds a server that starts; Ctrl-C ends waiting."""
+    with Terminal("shell", "--timeout", "600000", "-s", folder / "s") as terminal:
+        for _ in range(2):
+            terminal.expect(f"nobody listens on {folder}/s\r\n")
+            with ops_process(folder):
+                terminal.type(f"hold {folder}/held\r")
+                wait_until((folder / "held").exists)
+                terminal.type("\3")
+                (folder / "held").unlink()
+                terminal.type("call exit\r")
+                terminal.expect("left\r\n")
+            terminal.type("who\r")
         terminal.type("\4")
-        assert terminal.end() == (0, "")
+        assert terminal.end()[0] == 0
+
+
+class FakeReadline(types.ModuleType):
+    """What the shell takes of readline, as libedit has it, with a line to complete."""
+
+    def __init__(self):
+        super().__init__("readline", "This module uses libedit")
+        self.bound, self.line = [], ""
+        self.parse_and_bind = self.bound.append
+        self.set_completer = self.set_completer_delims = lambda value: None
+        self.set_history_length = self.read_history_file = lambda value: None
+        self.write_history_file = lambda path: Path(path).write_text("")
+        self.get_line_buffer, self.get_begidx = lambda: self.line, lambda: self.line.rfind(" ") + 1
+
+
+def test_what_tab_offers(folder, monkeypatch):
+    """With libedit, too, TAB completes; of what a hostile server says, only names that can be typed and shown."""
+    names = ["good", "bad name", "two\nlines", "es\x1bcape", "bi\u202edi", "c1\x9b", "", "caf\xe9"]
+    mi, readline = Interface(core=()), FakeReadline()
+    monkeypatch.setitem(sys.modules, "readline", readline)
+    monkeypatch.setenv("MI_DATAGRAM_HISTORY", str(folder / "history"))
+
+    @mi.command(pass_request=True)
+    def which(request, command=None):
+        return names if not command else [["good"], ["c1\x9b"]] if request.dialect == "json" else ["x", "x good:: c1\x9b::"]
+
+    options = mi_datagram._parse("shell", ["-s", str(folder / "none"), "-s", str(folder / "s")])
+    shell = mi_datagram._Shell(mi_datagram._Console(options))
+    with serving(mi, folder / "s"), shell.line_editing():
+        assert readline.bound == ["bind ^I rl_complete"]
+        for line, offered in [("", ["good ", "caf\xe9 "]), ("json ", ["good ", "caf\xe9 "]), ("help g", ["good "]),
+                              ("json x go", ["good::"]), ("x go", ["good::"]), ("x y", [])]:
+            readline.line = line
+            text = line[readline.get_begidx():]
+            assert [shell.complete(text, state) for state in range(len(offered) + 1)] == [*offered, None]
+    assert stat.S_IMODE((folder / "history").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("words, before, keys, status", CTRL_C)
@@ -4163,7 +4455,15 @@ def test_rule_for_another_kind_of_socket(folder, main, arguments):
     assert done.stderr.count("\n") == 1 and not contents(folder)
 
 
+def test_allow_user_where_nobody_is_known(folder, main, monkeypatch):
+    """Where the system does not tell who a peer is, --allow_user is refused at the start."""
+    monkeypatch.setattr(mi_datagram, "SO_PASSCRED", 0)
+    done = main("--socket_name", folder / "s", "--allow_user", "0")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "allow_user" in done.stderr and not contents(folder)
+
+
 # ---- systemd
+
 
 
 @pytest.mark.parametrize("host, children", [("", 1), ("", 2), ("127.0.0.1", 1), ("::1", 2)])
@@ -4426,35 +4726,47 @@ def test_whatever_comes_in_the_invariant_holds(kind, folder, monkeypatch, caplog
 
 # ------------------------------------------------------- clients of others ----
 
-# For OpenSIPSMI.execute: command, parameters, result or the text of the error.
+# For OpenSIPSMI.execute: command, parameters, result; or the text of the error.
 OPENSIPS_CALLS = [
-    ("nothing", None, "OK"),
-    ("echo", ["a", 1, None], ["a", 1, None]),
+    ("nothing", None, "OK"), ("echo", ["a", 1, None], ["a", 1, None]),
     ("cache_flush", ["x", 3], {"Flushed": {"zone": "x", "limit": 3}}),
-    ("cache_flush", {"limit": 3}, {"Flushed": {"zone": "all", "limit": 3}}),
-    ("get_statistics", {"statistics": ["mi_datagram:parse_errors"]}, {"mi_datagram:parse_errors": 0}),
+    ("cache_flush", {"limit": "3"}, {"Flushed": {"zone": "all", "limit": 3}}),
+    ("statistics:get", {"statistics": ["mi_datagram:parse_errors"]}, {"mi_datagram:parse_errors": 0}),
     ("which", {"command": "cache_flush"}, [[], ["zone"], ["zone", "limit"]]),
 ]
 OPENSIPS_ERRORS = [
-    ("nonesuch", None, "-32601: Method not found"),
+    ("nonesuch", None, "-32601: Method not found"), ("cache_flush", ["none"], "404: No such zone"),
     ("cache_flush", [1, 2, 3], "-32602: Invalid params (Too few or too many parameters)"),
     ("cache_flush", {"zones": "x"}, "-32602: Invalid params (Named parameters do not match)"),
-    ("cache_flush", {"limit": "3"}, "-32602: Invalid params (limit)"),
-    ("cache_flush", ["none"], "404: No such zone"),
+    ("cache_flush", {"limit": "x"}, "-32602: Invalid params (Bad type for parameter 'limit')"),
 ]
-# For `opensips-cli -x mi`: words, result; or what the error says.
+# For `opensips-cli -x mi`: words, and what it prints; or what the error says.
+X3 = {"Flushed": {"zone": "x", "limit": 3}}
+NO_ERRORS = {"mi_datagram:parse_errors": 0, "mi_datagram:forbidden": 0}
 CLI_CALLS = [
-    (["nothing"], "OK"),
-    (["echo", "a", "b c"], ["a", "b c"]),
-    (["cache_flush", "zone=x"], {"Flushed": {"zone": "x", "limit": 0}}),
-    (["-j", "cache_flush", "x", "3"], {"Flushed": {"zone": "x", "limit": 3}}),
-    (["get_statistics", "parse_errors", "forbidden"], {"mi_datagram:parse_errors": 0, "mi_datagram:forbidden": 0}),
+    (["nothing"], "OK"), (["echo", "a", "b c"], ["a", "b c"]), (["-j", "cache_flush", "x", "3"], X3),
+    (["cache_flush", "zone=x", "limit=3"], X3), (["cache_flush", "x", "3"], X3),
+    *[([name, *words], NO_ERRORS) for name in ("get_statistics", "statistics:get")
+      for words in (["parse_errors", "forbidden"], ["statistics=parse_errors forbidden"])],
+    *[([name], {"Server": f"mi_datagram ({mi_datagram.__version__})"}) for name in ("version", "core:version")],
+    (["which", "cache_flush"], [[], ["zone"], ["zone", "limit"]]), (["which", "core:ps"], [[]]),
 ]
+CLI_OUTPUT = {  # output_type, and what it makes of X3
+    "pretty-print": re.escape(json.dumps(X3, indent=4)), "dictionary": r".*zone\W+x\W+limit\W+3\W+",
+    "lines": "Flushed:\n    zone: x\n    limit: 3", "yaml": r"(?s).*zone.*x.*limit.*3.*", "none": "",
+}
 CLI_ERRORS = [
     (["nonesuch"], "no command 'nonesuch'"),  # as `which` says
     (["cache_flush", "zone=none"], "404: No such zone"),
     (["cache_flush", "zones=x"], "-32602: Invalid params (Named parameters do not match)"),
+    (["cache_flush", "limit=x"], "-32602: Invalid params (Bad type for parameter 'limit')"),
 ]
+KAMCLI = {  # words of kamcli, and what it prints
+    "ps": r" *0 +\d+ .+\n", "uptime": r'(?s).*"up_since": ".+', "srv version": r'(?s).*"result": "mi_datagram \(.+',
+    "stats": r"(?s).*mi_datagram:requests = \d+.*", "stats -s parse_errors": r"(?s).*mi_datagram:parse_errors = 0.*",
+    "stats mi_datagram:": r"(?s).*mi_datagram:requests = \d+.*", "rpcmethods": r'(?s).*"cache_flush",\s+"core\.arg".*',
+    "jsonrpc cache_flush s:x i:3": r'(?s).*"limit": 3\s.*', "jsonrpc cache_flush x 3": r'(?s).*"limit": 3\s.*',
+}
 CLI_COMPLETION = """import sys
 from opensipscli import args, cli
 shell = cli.OpenSIPSCLI(args.OpenSIPSCLIArgs(config=sys.argv[1], command=["mi"]))
@@ -4520,13 +4832,19 @@ def test_opensips(opensips_settings):
 
 @pytest.mark.clients
 def test_opensips_cli(run_cli):
-    """opensips-cli runs the commands that `which` lists, and refuses others."""
+    """opensips-cli runs the commands that `which` lists, refuses others, and prints replies in each of its ways."""
+    cli = ("-m", "opensipscli.main", "-f", "cli.cfg")
     for words, result in CLI_CALLS:
-        done = run_cli("-m", "opensipscli.main", "-f", "cli.cfg", "-x", "--", "mi", *words)
+        done = run_cli(*cli, "-x", "--", "mi", *words)
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout) == result
+    for kind, text in CLI_OUTPUT.items():
+        done = run_cli(*cli, "-o", f"output_type={kind}", "-x", "--", "mi", "cache_flush", "x", "3")
+        assert re.fullmatch(text, done.stdout.strip()), done
+    ((kind, pid),) = [(one["Type"], one["PID"]) for one in json.loads(run_cli(*cli, "-x", "mi", "ps").stdout)["Processes"]]
+    assert kind and process_state(pid)[0] != "X"
     for words, error in CLI_ERRORS:
-        done = run_cli("-m", "opensipscli.main", "-f", "cli.cfg", "-x", "--", "mi", *words)
+        done = run_cli(*cli, "-x", "--", "mi", *words)
         assert done.returncode != 0 and error in done.stdout + done.stderr
 
 
@@ -4556,6 +4874,19 @@ def test_opensips_mi(folder, node_modules):
             (folder / "held").unlink()
             assert patient.communicate(timeout=60)[0] == "200,released\n"
         assert not (folder / "held").exists()
+
+
+@pytest.mark.clients
+def test_kamcli(folder):
+    """Kamailio's kamcli knows our processes, statistics and commands by its own names for them."""
+    if not shutil.which("kamcli"):
+        pytest.skip("kamcli is not here (apt install kamcli)")
+    (folder / "kamcli.ini").write_text(f"[ctl]\ntype=jsonrpc\n[jsonrpc]\ntransport=socket\noutformat=json\n"
+                                       f"srvaddr={folder}/s\nrcvaddr={folder}/reply\nkamgroup={grp.getgrgid(os.getgid()).gr_name}\n")
+    with ops_process(folder):
+        for words, printed in KAMCLI.items():
+            done = run("kamcli", "--no-default-configs", "--config", folder / "kamcli.ini", *words.split())
+            assert done.returncode == 0 and re.fullmatch(printed, done.stdout), done
 
 
 # ------------------------------------------------------------------- README ----
