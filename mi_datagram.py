@@ -3384,6 +3384,7 @@ def activated_socket() -> socket.socket | None:
         raise ParameterError(f"LISTEN_FDS: descriptor 3 is no socket: {error.strerror}") from None
     families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
     if sock.type != socket.SOCK_DGRAM or sock.family not in families or isinstance(sock.getsockname(), bytes):
+        sock.close()
         raise ParameterError("LISTEN_FDS: only ListenDatagram= with a path or a UDP address is allowed")
     return sock
 
