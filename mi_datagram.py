@@ -3171,11 +3171,11 @@ class NoAnswer(Error, TimeoutError):
 
 
 class _UnixPeer:
-    """The server on a UNIX socket, told from others who send to a client's address.
+    """The server on a UNIX socket, told from others who send to the client's address.
 
-    A connected client hears nothing of OpenSIPS and of the original, which answer from a socket without an address.
-    This one trusts the address that the system tells of the server, and as a sender without one
-    the owner of the socket file or root, as the kernel vouches for them.
+    OpenSIPS and the original reply from another socket, without an address, so the client is not connected.
+    It takes a reply from the address that the server is bound to, or from a sender without an address
+    that runs, as the kernel says, as the owner of the socket file or as root.
     """
 
     def __init__(self, path: str) -> None:
