@@ -3032,7 +3032,7 @@ class UnixServer(ServerMixIn, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
     _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
-    _remover: Callable[[], object] = staticmethod(lambda: None)  # once: the next file may have the same inode
+    _remover: Any = None  # of that file, once: the next one may have the same inode
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
@@ -3074,7 +3074,10 @@ class UnixServer(ServerMixIn, _UnixBase):
             self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
 
     def remove_file(self) -> None:
-        self._remover()
+        known = self._remover.peek() if self._remover is not None else None
+        if known is not None:
+            _remove_file(*known[2])
+            self._remover.detach()  # not before, as another thread may end the process meanwhile
 
     def make_peer(self, request: Any, client_address: Any) -> Peer:
         return Peer(client_address, request[3])
