@@ -2952,7 +2952,8 @@ class UnixServer(ServerMixIn, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
     _outbox_class = UnixOutbox
-    _file: tuple[str, os.stat_result, int] | None = None  # path and status of the socket file, and the PID that made it
+    _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
+    _remover: Any = None  # of that file, once: the next one may have the same inode
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
@@ -2978,8 +2979,8 @@ class UnixServer(ServerMixIn, _UnixBase):
             os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
             self.socket.bind(path)
             status = os.lstat(path)
-        self._file = os.path.abspath(path), status, os.getpid()
-        weakref.finalize(self, _remove_file, *self._file)
+        self._file = os.path.abspath(path), status
+        self._remover = weakref.finalize(self, _remove_file, *self._file, os.getpid())
         try:
             _set_owner_and_mode(path, status, values)
         except OSError as error:
@@ -2991,8 +2992,10 @@ class UnixServer(ServerMixIn, _UnixBase):
             self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
 
     def remove_file(self) -> None:
-        if self._file is not None and not self.service.is_forked:
-            _remove_file(*self._file)
+        known = self._remover.peek() if self._remover is not None else None
+        if known is not None:
+            _remove_file(*known[2])
+            self._remover.detach()  # not before, as another thread may end the process meanwhile
 
     def make_peer(self, request: Any, client_address: Any) -> Peer:
         return Peer(client_address, request[3])
@@ -3302,6 +3305,7 @@ def activated_socket() -> socket.socket | None:
         raise ParameterError(f"LISTEN_FDS: descriptor 3 is no socket: {error.strerror}") from None
     families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
     if sock.type != socket.SOCK_DGRAM or sock.family not in families or isinstance(sock.getsockname(), bytes):
+        sock.close()
         raise ParameterError("LISTEN_FDS: only ListenDatagram= with a path or a UDP address is allowed")
     return sock
 
@@ -3365,6 +3369,8 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(get_ident()))
 
     def _give_back(self) -> None:
+        if sys.implementation.name == "pypy":  # to it the thread that forked is not the main thread
+            __import__("__pypy__").thread.signals_enabled.__enter__()
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             if signal.getsignal(number) == self._ignore:
@@ -3533,6 +3539,7 @@ class Supervisor:
         """Fork the children, replace those that die, end with them; return the exit status."""
         self.supervise()
         is_told = wait_for_termination(self.signals, self.supervise)
+        self.server.remove_file()  # newcomers are told at once
         self.kill(signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + LOG_DEADLINE + 0.5)
         while any([child.pid for child in self.children]):
@@ -3616,7 +3623,7 @@ class Supervisor:
         os.read(self.lifeline, 1)
         log.error("the parent process is gone: ending")
         if isinstance(self.server, UnixServer) and self.server._file:
-            _remove_file(*self.server._file[:2], os.getpid())
+            _remove_file(*self.server._file, os.getpid())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
         self.log_writer.flush()
@@ -3944,7 +3951,7 @@ def _open_streams() -> None:
     """Have streams where they are closed, so that no socket gets their number; escape what an encoding lacks."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))  # noqa: SIM115
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -4080,7 +4087,11 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, S
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
     with _holding_signals():  # until there is somebody to remove the file
         server = interface.server(name, authorize=authorize, listening=listening, **parameters)
-        signals = Signals()
+        try:
+            signals = Signals()
+        except OSError:  # there is no descriptor left
+            server.stop()
+            raise
     if is_default:
         print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
     print_error(f"listening on {server.socket_name}")
