@@ -2407,7 +2407,7 @@ class UnixOutbox(Outbox):
 class Handler(socketserver.BaseRequestHandler, Exchange):
     """Answers one datagram: the Exchange with a peer on a server's socket."""
 
-    server: ServerMixIn
+    server: ServerMixIn  # pyright: ignore[reportIncompatibleVariableOverride]
     request: Any  # (data, socket, source, sender), see get_request
 
     @property
@@ -3383,9 +3383,7 @@ class Signals:
 def wait_for_termination(signals: Signals, on_other: Callable[[int], object] = lambda number: False) -> bool:
     """Serve until SIGTERM or SIGINT, or until ON_OTHER returns true for another signal: return False then."""
     _tell_systemd("READY=1")
-    for number in signals.numbers:
-        if number in TERMINATION_SIGNALS or on_other(number):
-            break
+    number = next(number for number in signals.numbers if number in TERMINATION_SIGNALS or on_other(number))
     _tell_systemd("STOPPING=1")
     return number in TERMINATION_SIGNALS
 
