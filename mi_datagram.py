@@ -1013,16 +1013,18 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
     The loop is that of the server (`async with mi.server(…)`), or else the Interface's.
     """
 
-    async def run(call: Call, deferred: Deferred, values: Any, named: Any) -> None:
+    async def run(call: Call, deferred: Deferred, request: Request, values: Any, named: Any) -> None:
         import asyncio
 
         try:
-            outcome = await function(*values, **named)
+            outcome = await function(*([request] if pass_request else []), *values, **named)
         except asyncio.CancelledError:
             deferred.drop()
             raise
         except BaseException as error:  # SystemExit included: it would end the program's loop
             outcome = call.exchange.convert_error(call.name, error)
+        finally:
+            request._call = None  # from now on nothing can be deferred
         if not isinstance(outcome, Deferred):  # which answers in its own time
             deferred.reply(outcome)
 
@@ -1033,9 +1035,10 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
         if loop is None or not loop.is_running():
             raise Error("no event loop runs: serve it by `async with`, or give Interface(loop=...)")
         deferred: Deferred = call.defer(math.inf)
+        own = dataclasses.replace(request)  # which can be deferred until the coroutine ends, not only until we return
 
         def start_task() -> None:  # makes the coroutine on the loop: one that never gets there leaves no warning
-            deferred.task = loop.create_task(run(call, deferred, (request, *values) if pass_request else values, named))
+            deferred.task = loop.create_task(run(call, deferred, own, values, named))
 
         loop.call_soon_threadsafe(start_task)
         return deferred
@@ -2442,6 +2445,7 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
 
 Socket = socket.socket  # by another name, as in the servers `socket` is an attribute
 SO_PASSCRED = getattr(socket, "SO_PASSCRED", 16 if sys.platform == "linux" and hasattr(socket, "CMSG_LEN") else 0)
+O_PATH = getattr(os, "O_PATH", 0o10000000 if sys.platform == "linux" else 0)
 IP_PKTINFO, IPV6_RECVPKTINFO, IPV6_PKTINFO = 8, 49, 50  # Linux; the socket module lacks some
 SCM_RIGHTS = 1  # everywhere
 SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
@@ -3020,12 +3024,12 @@ for _kind in (UDPServer, UnixServer):
 def _set_owner_and_mode(path: str, ours: os.stat_result, values: Mapping[str, Any]) -> None:
     """Set them on the socket file that is ours, not on what somebody put in its place."""
     owner = [values["unix_socket_user"], values["unix_socket_group"]]
-    if not (hasattr(os, "O_PATH") and os.path.exists("/proc/self/fd")):  # in a chroot it need not be there
+    if not (O_PATH and os.path.exists("/proc/self/fd")):  # in a chroot it need not be there
         if owner != [None, None]:
             raise OSError(errno.ENOTSUP, "this needs O_PATH and /proc")
         os.chmod(path, values["unix_socket_mode"])
         return
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(path, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
         if not (os.path.samestat(status, ours) and stat.S_ISSOCK(status.st_mode)):
