@@ -2996,10 +2996,11 @@ class UnixServer(ServerMixIn, _UnixBase):
             self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
 
     def remove_file(self) -> None:
-        known = self._remover.peek() if self._remover is not None else None
-        if known is not None:
+        remover = self._remover
+        known = remover.peek() if remover is not None else None
+        if remover is not None and known is not None:
             _remove_file(*known[2])
-            self._remover.detach()  # not before, as another thread may end the process meanwhile
+            remover.detach()  # not before, as another thread may end the process meanwhile
 
     def make_peer(self, request: Any, client_address: Any) -> Peer:
         return Peer(client_address, request[3])
