@@ -163,6 +163,7 @@ def serving(mi, socket_name, **parameters):
 
 def set_deadline(sock):
     """Let sends and receives take DEADLINE, by the kernel: Python's own timeout spins, and sends nothing on PyPy."""
+    sock.settimeout(None)
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         sock.setsockopt(socket.SOL_SOCKET, option, TIMEVAL.pack(DEADLINE, 0))
 
@@ -2930,7 +2931,7 @@ def test_open_requests_are_bounded(folder):
         assert ask(server, b":later:\n", sock) == b"500 Too many open requests\n"
         answer = json.loads(ask(server, b'{"jsonrpc":"2.0","method":"later","id":1}', sock))
         assert (answer["error"]["code"], len(deferred)) == (-32000, 1000)
-        assert len([name for name, number in before.items() if mi.statistics[name]() == number + 2]) == 3
+        wait_until(lambda: len([name for name, number in before.items() if mi.statistics[name]() == number + 2]) == 3)
         assert deferred[0].reply("first") and sock.recv(1000) == b"200 OK\nfirst\n"
         send(server, sock, b":later:\n")
         wait_until(lambda: len(deferred) == 1001)
@@ -4026,6 +4027,7 @@ def test_ctrl_c(folder, words, before, keys, status):
             held.unlink()
 
 
+@pytest.mark.skipif(sys.implementation.name == "pypy", reason="PyPy handles a SIGINT that it was started to ignore")
 def test_ctrl_c_that_is_ignored_stays_so(folder):
     """A server that a script started in the background, with SIGINT ignored, serves on after a Ctrl-C there."""
     with process("-s", folder / "s", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as server:
