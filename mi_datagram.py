@@ -1055,7 +1055,7 @@ class LineCall(Call):
         service = exchange.service
         try:
             first_line, separator, rest = data.partition(b"\n")
-            command = service.interface.first_lines.get(first_line)
+            command = service.interface.first_lines.get(first_line.decode("latin-1"))
             if command is None or not separator or len(data) > service.limit:
                 self._refuse(data)
             self.name = command.name
@@ -1339,7 +1339,7 @@ class Exchange:
 
 def is_urgent(interface: Interface, data: bytes) -> bool:
     """Whether a datagram calls core commands alone, which are answered when all threads are held."""
-    command = interface.first_lines.get(data.partition(b"\n")[0])
+    command = interface.first_lines.get(data.partition(b"\n")[0].decode("latin-1"))
     if command is not None or not _is_json(data):
         return command is not None and command.core
     try:
@@ -1393,7 +1393,8 @@ class Interface:
         # For servers:
         self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
         self.level_changed: Callable[[int], object] = lambda level: None
-        self.first_lines: dict[bytes, Command] = {}  # by what a request begins with
+        # By the bytes that a request begins with, as Latin-1: without a GIL only interned texts are found without a lock.
+        self.first_lines: dict[str, Command] = {}
         self.log_limit = LogLimit()
         self.use_counters(Counter)
         self.add_core([name for name in CORE if name not in CORE_ON_REQUEST] if core is None else core)
@@ -1441,7 +1442,7 @@ class Interface:
         group, _, local = command.name.rpartition(":")
         if group:
             self._local_names.setdefault(local, {})[command.name] = command
-        first_line = f":{local}:".encode("utf-8", "surrogateescape")
+        first_line = sys.intern(f":{local}:".encode("utf-8", "surrogateescape").decode("latin-1"))
         try:
             self.first_lines[first_line] = self.find(local, "line")
         except _Fault:
@@ -1466,7 +1467,7 @@ class Interface:
         """Return what a dialect can call, by name, and of the names in Kamailio 5 none."""
         if dialect == "line":
             lines = list(self.first_lines.items())
-            return {line[1:-1].decode("utf-8", "surrogateescape"): command for line, command in lines}
+            return {line[1:-1].encode("latin-1").decode("utf-8", "surrogateescape"): command for line, command in lines}
         found = {}
         for name in {*self.commands, *self._local_names, *self._core_names}:
             with contextlib.suppress(_Fault):  # it means several, or one of the core's that was replaced
