@@ -3844,7 +3844,7 @@ class _Shell:
     def run(self) -> int:
         """Run commands until the end, `exit` or `quit`; return the worst exit status, on a terminal 0."""
         if not self.prompt:
-            return max([0, *iter(self.step, None)])
+            return max(iter(self.step, None), default=0)
         print(SHELL_HELP)
         for answer in self.console.ask(["which"], self.console.options.json).values():
             if answer.status == 3:
