@@ -3079,7 +3079,7 @@ def _clear_path(path: str) -> None:
         if error == errno.ECONNREFUSED:
             os.unlink(path)
         elif error != errno.ENOENT:
-            what = f"a socket in use ({os.strerror(error)})" if error else "a server that listens already"
+            what = f"a socket in use ({os.strerror(error)})" if error else "a server that listens; stop it first"
             raise OSError(errno.EADDRINUSE, f"there is {what}")
 
 

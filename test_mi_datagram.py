@@ -2763,8 +2763,13 @@ def test_server_killed_while_a_forked_child_lives(folder):
     with forking(folder, "lives", sys.executable, "forks.py") as (popen, sock, _):
         popen.kill()
         popen.wait()
-        with pytest.raises(OSError):
-            sock.sendto(b":pwd:\n", str(folder / "s"))
+
+        def is_gone():  # once the child, which may have come no further than the fork, has closed its socket
+            with contextlib.suppress(OSError):
+                return not sock.sendto(b":pwd:\n", str(folder / "s"))
+            return True
+
+        wait_until(is_gone, 5)
         with serving(interface(), folder / "s") as server:
             assert ask(server, b":nothing:\n", sock) == b"200 OK\n"
 
@@ -3073,9 +3078,9 @@ def test_client_gives_up(folder, monkeypatch, name, dialect):
                     sock.sendto(b'{"result":1,"id":9}', client)
             os._exit(0)
 
-    with stand_in(name, serve) as name, Client(name, timeout=50) as client:
+    with stand_in(name, serve) as name, Client(name, timeout=200) as client:
         begin = time.monotonic()
-        with pytest.raises(mi_datagram.NoAnswer, match="within 50 ms; a datagram was dropped: "):
+        with pytest.raises(mi_datagram.NoAnswer, match="within 200 ms; a datagram was dropped: "):
             client.call("x") if dialect == "line" else client.call_json("x")
         assert time.monotonic() - begin < 3
     os.kill(flood[0], signal.SIGKILL)
