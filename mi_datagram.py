@@ -1403,12 +1403,18 @@ class Interface:
 
     @typing.overload
     def command(
-        self, function: _F, *, name: str = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
+        self,
+        function: _F,
+        *,
+        name: str | None = None,
+        pass_request: bool = False,
+        read_only: bool = False,
+        replace: bool = False,
     ) -> _F: ...
 
     @typing.overload
     def command(
-        self, *, name: str = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
+        self, *, name: str | None = None, pass_request: bool = False, read_only: bool = False, replace: bool = False
     ) -> Callable[[_F], _F]: ...
 
     def command(
