@@ -1977,7 +1977,9 @@ def parse_socket_name(name: str | os.PathLike[str]) -> str | tuple[str, int]:
         if not (host and port.isascii() and port.isdigit() and len(port) < 6 and int(port) <= 65535):
             raise _wrong("socket_name", name, "udp:HOST:PORT is allowed, with a port from 0 to 65535")
         return host, int(port)
-    path = os.fsencode(name) if _has_bytes(name) else b""
+    path = b""
+    with contextlib.suppress(UnicodeEncodeError):  # of a character that the locale lacks
+        path = os.fsencode(name) if _has_bytes(name) else b""
     if not path.startswith((b"/", b"./")) or b"\0" in path or path.endswith(b"/"):
         raise _wrong("socket_name", given, "/path, ./path or udp:HOST:PORT is allowed")
     if len(path) > UNIX_PATH:

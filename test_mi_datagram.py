@@ -3256,7 +3256,7 @@ def echo(request, *values, **named):
 def cache_flush(zone: str = "all", limit: int = 0):
     """Drop the cached entries of ZONE."""
     if zone == "none":
-        raise CommandError(404, "No such zone", {"zone": "n\xf6ne\x9b\u202e"})
+        raise CommandError(404, "No such zone", {"zone": "n\\xf6ne\\x9b\\u202e"})
     return {"Flushed": {"zone": zone, "limit": limit}}
 
 @mi.command
