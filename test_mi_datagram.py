@@ -3746,8 +3746,8 @@ def test_two_copies_of_two_versions_serve_in_one_process(folder):
     """Two copies of the file in one process, of two versions, know nothing of each other."""
     for version in ("1", "2"):
         (folder / f"pack{version}").mkdir()
-        text = MODULE.read_text().replace("__version__ = ", f'__version__ = "{version}"  # ')
-        (folder / f"pack{version}" / "mi_datagram.py").write_text(text)
+        text = MODULE.read_text(encoding="utf-8").replace("__version__ = ", f'__version__ = "{version}"  # ')
+        (folder / f"pack{version}" / "mi_datagram.py").write_text(text, encoding="utf-8")
     code = """
 from pack1 import mi_datagram as one; from pack2 import mi_datagram as two
 with one.Interface().server("./1") as a, two.Interface().server("./2") as b, one.Client("./2") as c, two.Client("./1") as d:
