@@ -57,7 +57,7 @@ import time
 import traceback
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -252,11 +252,9 @@ class Node:
     children: Any = dataclasses.field(default_factory=list)
 
     def data(self) -> Any:
-        """Return the node as JSON data.
+        """Return the node as JSON data: its content, as the one member of an object where it has a name.
 
-        Its content is the value alone, or the attributes alone, or the children alone, or an
-        object of `value`, `attributes` and `children` where there are several; a node with a
-        name is an object with that one member.
+        That is the value, the attributes or the children; of several an object of those members.
         """
         parts = {"value": self.value, "attributes": dict(self.attributes), "children": self.children}
         parts = {key: part for key, part in parts.items() if part or (key == "value" and part is not None)}
@@ -410,14 +408,14 @@ def format_request(command: str, /, *values: object, **named: object) -> bytes:
 def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> bytes:
     if not command or ":" in command or "\n" in command:
         raise RequestError(f"command {command!a} cannot be written")
-    lines = [f":{command}:\n", *[_format_argument(name, _text(value)) for name, value in arguments]]
-    _check_text(command)
-    return "".join(lines).encode("utf-8", "surrogateescape")
+    pairs = [(name, _text(value)) for name, value in arguments]
+    for text in (command, *itertools.chain(*pairs)):
+        if not _has_bytes(text):
+            raise RequestError(f"{text!a} has surrogates that do not come back")
+    return "".join([f":{command}:\n", *itertools.starmap(_format_argument, pairs)]).encode("utf-8", "surrogateescape")
 
 
 def _format_argument(name: str, value: str) -> str:
-    _check_text(name)
-    _check_text(value)
     if name != name.strip(WHITE) or name.endswith(":") or any([mark in name for mark in ("::", '"', "\n")]):
         raise RequestError(f"name {name!a} cannot be written")
     if value and value == value.strip(WHITE) and '"' not in value and "\n" not in value:
@@ -435,12 +433,12 @@ def _has_bytes(text: str) -> bool:
     return False
 
 
-def _check_text(text: str) -> None:
-    if not _has_bytes(text):
-        raise RequestError(f"{text!a} has surrogates that do not come back")
-
-
 _SCALARS = (str, int, float, bool, type(None))  # as most values are
+_WRITERS: Sequence[tuple[type, Callable[[Any], str]]] = (
+    (str, str.__str__),
+    (int, int.__repr__),
+    (float, float.__repr__),
+)
 
 
 def _text(value: object) -> str:
@@ -449,19 +447,12 @@ def _text(value: object) -> str:
         return ""
     if value.__class__ is bool:
         return "true" if value else "false"
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__repr__(value)
-    if isinstance(value, float):
-        return float.__repr__(value)
+    for kind, write in _WRITERS:
+        if isinstance(value, kind):
+            return write(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value).decode("utf-8", "surrogateescape")
     return str(value)
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 @functools.lru_cache(maxsize=64)
@@ -472,7 +463,7 @@ def _container(kind: type) -> Callable[[Any], Any] | None:
     if issubclass(kind, Mapping):
         return dict
     if dataclasses.is_dataclass(kind):
-        return _fields
+        return lambda value: {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return list if issubclass(kind, Iterable) else None
 
 
@@ -566,11 +557,22 @@ def _check_nesting(data: bytes) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Convert what json does not know by itself, as the line dialect does."""
+    """Convert what json does not know by itself, as the line dialect does; refuse what can be read only once."""
+    if isinstance(value, Iterator):
+        raise TypeError("an iterator")
     if isinstance(value, Node):
         return value.data()
     convert = _container(value.__class__)
     return convert(value) if convert else _text(value)
+
+
+def _spell_out(value: Any) -> Any:
+    """Convert all that json does not know: iterators, and the names of a mapping, too."""
+    if not isinstance(value, (dict, list, tuple, *_SCALARS)):
+        return _spell_out(list(value) if isinstance(value, Iterator) else _plain(value))
+    if isinstance(value, dict):
+        return {name if isinstance(name, _SCALARS) else _text(name): _spell_out(one) for name, one in value.items()}
+    return [_spell_out(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 _decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
@@ -594,7 +596,15 @@ def _json_encoder(indent: str | None) -> Callable[[Any], str]:
     """Return the encoder for compact replies (None) or for indented ones; JSON is indented by white space alone."""
     indent = "\t" if indent and indent.strip(" \t") else indent
     separators = (",", ":") if indent is None else (",", ": ")
-    return json.JSONEncoder(allow_nan=False, default=_plain, indent=indent, separators=separators).encode
+    encode = json.JSONEncoder(allow_nan=False, default=_plain, indent=indent, separators=separators).encode
+
+    def write(value: Any) -> str:
+        try:
+            return encode(value)
+        except TypeError:
+            return encode(_spell_out(value))
+
+    return write
 
 
 def _json_id(call: Any) -> Any:
@@ -1542,14 +1552,16 @@ class Interface:
             for alias in (opensips, opensips.partition(":")[2]):
                 self._core_names.setdefault(alias, {})[opensips] = command
             for alias, (method, form) in kamailio.items():
-                self._core_names[alias] = {alias: self._core_command(name, _in_form(getattr(core, method), form))}
+                command = self._core_command(name, getattr(core, method))
+                command.function = functools.partial(_in_form, form, command.function)
+                self._core_names[alias] = {alias: command}
 
     def _core_command(self, name: str, function: Callable[..., Any]) -> Command:
         """Make a core command of a FUNCTION, which gets the Request if it has a parameter of that name."""
-        plain: Any = inspect.unwrap(function)
-        return Command(name, function, "request" in plain.__code__.co_varnames, name not in CORE_CHANGING, core=True)
+        pass_request = "request" in inspect.signature(function).parameters
+        return Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
 
-    def server(self, socket_name: str | os.PathLike[str], **options: Unpack[_ServerOptions]) -> UnixServer | UDPServer:
+    def server(self, socket_name: str | os.PathLike[str], **options: Unpack[ServerOptions]) -> UnixServer | UDPServer:
         """Make a server of these commands: a UnixServer or a UDPServer; help() of these lists the PARAMETERS."""
         kind: Any = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
         server: UnixServer | UDPServer = kind(socket_name, self, **options)
@@ -1572,9 +1584,7 @@ class Interface:
         self.statistics["mi_datagram:threads"] = lambda: sum(
             [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
         )
-        self.count_request = self.counter(
-            "mi_datagram:requests"
-        ).add_one  # these two in every request, so looked up here
+        self.count_request = self.counter("mi_datagram:requests").add_one  # each request needs these two
         self.count_reply = self.counter("mi_datagram:replies").add_one
 
     def count(self, name: str) -> None:
@@ -1603,7 +1613,7 @@ CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
     "list_statistics": ("statistics:list", {}),  # group:name:: incremental, or non-incremental
     "log_level": ("core:log_level", {}),  # Log level:: 1, or New global log level:: 1
     "ps": ("core:ps", {  # Process::  ID=0 PID=7 Type=main | {"Processes": [{"ID": 0, "PID": 7, "Type": "main"}]}
-        "core.psx": ("processes", lambda rows: [{"IDX": p["ID"], "PID": p["PID"], "DSC": p["Type"]} for p in rows]),
+        "core.psx": ("ps", lambda one: [{"IDX": p["ID"], "PID": p["PID"], "DSC": p["Type"]} for p in one["Processes"]]),
     }),
     "pwd": ("core:pwd", {"core.pwd": ("pwd", lambda one: [one["WD"]])}),  # WD:: /path
     "reset_all_statistics": ("statistics:reset_all", {}),  # nothing
@@ -1623,14 +1633,8 @@ DEBUG_LEVELS = {3: 10, 2: 20, 1: 25, 0: 30, -1: 40, -2: 50, -3: 51, -4: 52, -5: 
 LOG_LEVELS = {4: 10, 3: 20, 2: 25, 1: 30, 0: 35, -1: 40, -2: 50, -3: 51}
 
 
-def _in_form(method: Callable[..., Any], form: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Make a function like METHOD that answers in another form."""
-
-    @functools.wraps(method)
-    def answer(*values: Any, **named: Any) -> Any:
-        return form(method(*values, **named))
-
-    return answer
+def _in_form(form: Callable[[Any], Any], method: Callable[..., Any], /, *values: Any, **named: Any) -> Any:
+    return form(method(*values, **named))
 
 
 class _Core:
@@ -1656,14 +1660,10 @@ class _Core:
         """List the arguments that the program was started with."""
         return list(sys.argv)
 
-    def processes(self) -> Any:
-        """List the processes of the program, those that run."""
-        processes = enumerate(self._interface.processes())
-        return [{"ID": number, "PID": pid, "Type": kind} for number, (pid, kind) in processes if pid]
-
     def ps(self, request: Request) -> Any:
         """List the processes of the program."""
-        processes = self.processes()
+        found = enumerate(self._interface.processes())
+        processes = [{"ID": number, "PID": pid, "Type": kind} for number, (pid, kind) in found if pid]
         return {"Processes": processes} if request.dialect == "json" else [Node("Process", None, p) for p in processes]
 
     def kill(self) -> None:
@@ -1777,9 +1777,7 @@ class _Core:
 
     def _found(self, *names: Any) -> dict[str, Callable[[], Any]]:
         """Return the statistics that are meant, at least one; OpenSIPS's clients send the names in one list."""
-        wanted: list[Any] = []
-        for name in names:
-            wanted += name if isinstance(name, (list, tuple)) else [name]
+        wanted = [one for name in names for one in (name if isinstance(name, (list, tuple)) else [name])]
         if not wanted:
             raise _Fault("bad_parameters", "Empty array in parameter 'statistics'")
         found = self._select(wanted)
@@ -1906,15 +1904,10 @@ def _account(name: str, value: Any) -> int:
         raise _wrong(name, value, "there is none of this name; a name or a number is allowed") from None
 
 
-def _owner(name: str, value: Any) -> int | None:
-    return None if value is None else _account(name, value)
-
-
 def _truth(name: str, value: Any) -> bool:
-    try:
-        return TRUTH[str(value).lower()]
-    except KeyError:
-        raise _wrong(name, value, "true or false is allowed") from None
+    if str(value).lower() not in TRUTH:
+        raise _wrong(name, value, "true or false is allowed")
+    return TRUTH[str(value).lower()]
 
 
 def _indent(name: str, value: Any) -> str:
@@ -1928,8 +1921,8 @@ def _indent(name: str, value: Any) -> str:
 PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
     "children_count": (1, _between(1, 1024), "processes that serve the socket; python -m only"),
     "unix_socket_mode": (0o660, _mode, "permissions of the socket file; text is octal"),
-    "unix_socket_user": (None, _owner, "owner of the socket file, name or number"),
-    "unix_socket_group": (None, _owner, "group of the socket file, name or number"),
+    "unix_socket_user": (None, _account, "owner of the socket file, name or number"),
+    "unix_socket_group": (None, _account, "group of the socket file, name or number"),
     "socket_timeout": (SOCKET_TIMEOUT, _between(0, 2**31 - 1), "ms that a reply may wait; 0: not at all"),
     "reply_indent": ("\t", _indent, "one level of a reply's tree"),
     "socket_buf_size": (SOCKET_BUF_SIZE, _between(64, UNIX_PAYLOAD), "longest request and longest reply, bytes"),
@@ -1938,8 +1931,8 @@ PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
 }
 
 
-class Parameters(typing.TypedDict, total=False):
-    """The types of PARAMETERS as keywords."""
+class ServerOptions(typing.TypedDict, total=False):
+    """The types of PARAMETERS as keywords, and what else a server takes beside its name and its Interface."""
 
     children_count: int
     unix_socket_mode: int | str
@@ -1950,11 +1943,6 @@ class Parameters(typing.TypedDict, total=False):
     socket_buf_size: int
     pretty_printing: bool
     max_threads: int
-
-
-class _ServerOptions(Parameters, total=False):
-    """What a server takes beside its name and its Interface."""
-
     handler: Callable[[Any, Any, Any], Any]
     authorize: Authorize | None
     listening: Any
@@ -1969,10 +1957,13 @@ def _meaning(parameter: str) -> str:
 
 def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return all parameters checked, those not given at their defaults; raise ParameterError for a wrong one."""
-    for name in parameters:
+    checked = {name: default for name, (default, _, _) in PARAMETERS.items()}
+    for name, value in parameters.items():
         if name not in PARAMETERS:
             raise ParameterError(f"parameter {name!a}: allowed are socket_name, {', '.join(PARAMETERS)}")
-    return {name: check(name, parameters.get(name, default)) for name, (default, check, _) in PARAMETERS.items()}
+        if value is not checked[name]:
+            checked[name] = PARAMETERS[name][1](name, value)
+    return checked
 
 
 def parse_socket_name(name: str | os.PathLike[str]) -> str | tuple[str, int]:

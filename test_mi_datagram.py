@@ -390,6 +390,9 @@ TREES = [  # what a command returns, or a function that makes it; its reply belo
     *[(type("Odd", (kind,), {"__str__": lambda self: "odd"})(value), f"{value}\n", value)
       for kind, value in ((int, 1), (float, 0.5), (str, "a"))],
     ([bytearray(b"a"), memoryview(b"b")], "a\nb\n", ["a", "b"]),
+    (lambda: {Color.RED: (n for n in (1, 2)), (1, 2): [{b"k": Node(None, iter([3]), {"a": 4})}]},
+     "Color.RED:: \n\t1\n\t2\n(1, 2):: \n\t\n\t\tk::  a=4\n\t\t\t3\n",
+     {"Color.RED": [1, 2], "(1, 2)": [{"k": {"value": [3], "attributes": {"a": 4}}}]}),
 ]  # fmt: skip
 NOT_FOUND, FAILED = error(-32601, "Method not found"), ("500 command failed\n", error(-32000, "Server error"))
 FAILURES = [  # what a command returns or raises, its reply, its answer in JSON
@@ -1297,7 +1300,8 @@ def test_names_of_sockets_and_looks_of_replies(folder):
     with interface().server(folder / "s", reply_indent="| ", pretty_printing=True) as server:
         assert b"\n| " in ask(server, b":threads:\n")
         assert rpc(None, "echo", [1], lambda request: ask(server, request)) == [1]
-    assert {*mi_datagram.Parameters.__annotations__} == {*mi_datagram.PARAMETERS}
+    options = {*mi_datagram.PARAMETERS, "handler", "authorize", "listening"}
+    assert {*mi_datagram.ServerOptions.__annotations__} == options
 
 
 def test_refusals(name, caplog):
