@@ -341,9 +341,8 @@ def _udp_name(address: Any) -> str:
 #   arg_value         = not-quoted_string | '"' string '"'
 #   not-quoted_string = string - {',",\n,\r}
 #
-# As the original reads it: white space around names and values is dropped, blank
-# lines mean nothing, the last '\n' may be missing, ' is a character like others,
-# and in a quoted value \" stands for ", every other byte for itself.
+# As the original reads it: white space around names and values is dropped, blank lines mean nothing, the last
+# '\n' may be missing, ' is a character like others, and in a quoted value \" stands for ", other bytes for themselves.
 
 
 def parse_request(data: bytes) -> Request:
@@ -367,33 +366,22 @@ _ARGUMENT = re.compile(r'([^"\n]*)(?:("[^"]*(?:(?<=\\)"[^"]*)*)("?)([^\n]*))?(?:
 def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
     """Read the (name, value) pairs behind the first line of COMMAND."""
     arguments = []
-    piece = ("", "", "", "")
     pieces = _ARGUMENT.findall(text) if '"' in text else [(line, "", "", "") for line in text.split("\n")]
-    try:
-        for piece in pieces:
-            before, quoted, closing, behind = piece
-            name, value = "", before
-            if "::" in before:
-                name, _, value = before.partition("::")
-                name = name.strip(WHITE)
-            value = value.strip(WHITE)
+    for number, (before, quoted, closing, behind) in enumerate(pieces):
+        name, separator, value = before.partition("::")
+        name, value = (name.strip(WHITE), value.strip(WHITE)) if separator else ("", name.strip(WHITE))
+        if not quoted and (name or value):
+            arguments.append((name, value))
+        elif closing and not value and not behind.strip(WHITE):
+            arguments.append((name, quoted[1:].replace('\\"', '"')))
+        elif quoted or separator:
+            reason, right = "neither name nor value", ""
             if quoted:
-                if value:
-                    raise RequestError("quote inside a value", len(before))
-                if not closing:
-                    raise RequestError("quote not closed", len(before))
-                if behind.strip(WHITE):
-                    raise RequestError("text behind a closing quote", len(before + quoted) + 1)
-                arguments.append((name, quoted[1:].replace('\\"', '"')))
-            elif name or value:
-                arguments.append((name, value))
-            elif before.strip(WHITE):
-                raise RequestError("neither name nor value", 0)
-    except RequestError as error:
-        # An equal piece before this one would have failed first, so index() finds this one.
-        before = [*map("".join, pieces[: pieces.index(piece)]), "".join(piece)[: error.position]]
-        position = len("\n".join([f":{command}:", *before]).encode("utf-8", "surrogateescape"))
-        raise RequestError(error.reason, position) from None
+                reason, right = "quote inside a value" if value else "quote not closed", before
+            if closing and not value:
+                reason, right = "text behind a closing quote", before + quoted + closing
+            read = "\n".join([f":{command}:", *map("".join, pieces[:number]), right])
+            raise RequestError(reason, len(read.encode("utf-8", "surrogateescape")))
     return arguments
 
 
@@ -470,8 +458,8 @@ def _container(kind: type) -> Callable[[Any], Any] | None:
 def format_reply(reply: Any = None, indent: str = "\t") -> bytes:
     """Write what a command returned as a reply of the line dialect.
 
-    None is `200 OK` alone, a mapping or a dataclass named nodes, any other iterable unnamed ones,
-    and everything else one value; a Reply brings its own code and reason. INDENT is one level of the tree.
+    None is `200 OK` alone, a mapping or a dataclass named nodes, any other iterable unnamed ones, and everything
+    else one value; a Reply brings its own code and reason. INDENT is one level of the tree.
     """
     lines = ["200 OK\n"]
     if isinstance(reply, Reply):
@@ -1398,12 +1386,11 @@ Authorize = Callable[[Peer, str], bool]
 class Interface:
     """The commands and statistics of a program, and how a datagram is answered with them.
 
-    `name` and `version` are what the command `version` tells. `core` names the core commands to
-    have: by default all but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level
-    the last two show and set, by default the root logger. `async def` commands run on `loop`.
+    `name` and `version` are what the command `version` tells. `core` names the core commands to have: by default all
+    but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level the last two show and set, by default
+    the root logger. `async def` commands run on `loop`. One Interface may feed several servers.
 
-    Commands run on the servers' threads, several at once, even the same one: they guard what
-    they share. One Interface may feed several servers.
+    Commands run on the servers' threads, several at once, even the same one: they guard what they share.
     """
 
     def __init__(
@@ -1454,10 +1441,9 @@ class Interface:
     ) -> Any:
         """Register a function as a command; used as `@mi.command`, `@mi.command(…)` or a call.
 
-        `name` is another name than the function's, `group:name` for a command of a group;
-        `pass_request` gives it the Request as first argument; `read_only` says that it changes
-        nothing, so it is not audited; `replace` lets it take the place of a command of that name,
-        which is a ParameterError otherwise.
+        `name` is another name than the function's, `group:name` for a command of a group; `pass_request` gives it the
+        Request as first argument; `read_only` says that it changes nothing, so it is not audited; `replace` lets it
+        take the place of a command of that name, which is a ParameterError otherwise.
         """
         if function is None:
             options = {"name": name, "pass_request": pass_request, "read_only": read_only, "replace": replace}
@@ -1594,10 +1580,9 @@ class Interface:
 
 # ------------------------------------------------------------ core commands ----
 
-# The core commands in four worlds: the name in Kamailio up to 4.4 and in OpenSIPS up to 3, which is ours in both
-# dialects; the name in OpenSIPS 4; the names in Kamailio 5, each with the method of _Core that answers and what makes
-# Kamailio's form of that. The last two are for JSON-RPC alone. Behind each its form in the line dialect | in JSON, if
-# that is another than the same data.
+# The core commands: the name in Kamailio up to 4.4 and in OpenSIPS up to 3, which is ours in both dialects; for JSON
+# alone the name in OpenSIPS 4 and those in Kamailio 5, each with the method of _Core that answers and what makes
+# Kamailio's form of that. Behind each its form in the line dialect | in JSON, if that is another than the same data.
 CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
     "arg": ("core:arg", {"core.arg": ("arg", list)}),  # an argument a line
     "clear_statistics": ("statistics:clear", {}),  # group:name:: 1
@@ -1829,24 +1814,16 @@ def allow_networks(*networks: str) -> Authorize:
         address = getattr(address, "ipv4_mapped", None) or address
         return any([address in network for network in allowed])
 
-    def authorize(peer: Peer, command: str) -> bool:
-        return isinstance(peer.address, tuple) and is_allowed(peer.address[0])
-
-    return authorize
+    return lambda peer, command: isinstance(peer.address, tuple) and is_allowed(peer.address[0])
 
 
 def allow_users(*users: str | int) -> Authorize:
-    """Make an `authorize` that lets in the peers on a UNIX socket that run as one of these USERS.
+    """Make an `authorize` that lets in the peers on a UNIX socket that run as one of these USERS, names or numbers.
 
-    Names or numbers; a peer whose user the kernel does not tell is refused. Raises ParameterError
-    for a user that does not exist.
+    A peer whose user the kernel does not tell is refused. Raises ParameterError for a user that does not exist.
     """
     allowed = frozenset([_account("allow_user", user) for user in users])
-
-    def authorize(peer: Peer, command: str) -> bool:
-        return peer.uid in allowed
-
-    return authorize
+    return lambda peer, command: peer.uid in allowed
 
 
 # --------------------------------------------------------------- parameters ----
@@ -1856,28 +1833,21 @@ def _wrong(name: str, value: object, allowed: str) -> ParameterError:
     return ParameterError(f"{name} {value!a}: {allowed}")
 
 
-def _integer(value: Any, base: int) -> int | None:
-    """Return an int, or the one that a text writes; None for anything else."""
-    try:
-        number = int(value, base) if isinstance(value, str) else value
-    except ValueError:
-        return None
-    return number if number.__class__ is int else None
-
-
-def _number(name: str, value: Any, low: int, high: int) -> int:
-    """Check a number: an int, or its decimal or 0x text."""
-    number = _integer(value, 16 if str(value)[:2].lower() == "0x" else 10)
-    if number is None or not low <= number <= high:
-        raise _wrong(name, value, f"a number from {low} to {high} is allowed")
+def _number(name: str, value: Any, low: int, high: int, octal: bool = False) -> int:
+    """Check a number: an int, or its text, which is decimal, 0x, or octal where it says so."""
+    number: int = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = int(value, 8 if octal else 16 if value[:2].lower() == "0x" else 10)
+    if number.__class__ is not int or not low <= number <= high:
+        allowed = f"an octal number from 0 to 0{high:o}" if octal else f"a number from {low} to {high}"
+        raise _wrong(name, value, f"{allowed} is allowed")
     return number
 
 
 def _mode(name: str, value: Any) -> int:
-    """Check permissions: an int, or octal text; 0 would lock everybody out and becomes 0o600."""
-    mode = _integer(value, 8)
-    if mode is None or not 0 <= mode <= 0o777:
-        raise _wrong(name, value, "an octal number from 0 to 0777 is allowed")
+    """Check permissions; 0 would lock everybody out and becomes 0o600."""
+    mode = _number(name, value, 0, 0o777, octal=True)
     if not mode:
         _note(logging.WARNING, "%s 0: taken as 0600", name)
     return mode or 0o600
@@ -1970,7 +1940,7 @@ def parse_socket_name(name: str | os.PathLike[str]) -> str | tuple[str, int]:
     """Tell a UNIX socket's path from the (host, port) of `udp:HOST:PORT`; raise ParameterError for others."""
     given = name
     if isinstance(name, os.PathLike):  # which is a path, though it keeps no ./
-        name = os.path.join(".", os.fspath(name)) if isinstance(os.fspath(name), str) else ""
+        name = os.path.join(".", os.fsdecode(name))
     if not isinstance(name, str):
         raise _wrong("socket_name", name, "a text is allowed")
     if name[:4].lower() == "udp:":
