@@ -367,20 +367,25 @@ def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
     """Read the (name, value) pairs behind the first line of COMMAND."""
     arguments = []
     pieces = _ARGUMENT.findall(text) if '"' in text else [(line, "", "", "") for line in text.split("\n")]
-    for number, (before, quoted, closing, behind) in enumerate(pieces):
-        name, separator, value = before.partition("::")
-        name, value = (name.strip(WHITE), value.strip(WHITE)) if separator else ("", name.strip(WHITE))
+    for piece in pieces:
+        before, quoted, closing, behind = piece
+        name, value = "", before
+        if "::" in before:
+            name, _, value = before.partition("::")
+            name = name.strip(WHITE)
+        value = value.strip(WHITE)
         if not quoted and (name or value):
             arguments.append((name, value))
         elif closing and not value and not behind.strip(WHITE):
             arguments.append((name, quoted[1:].replace('\\"', '"')))
-        elif quoted or separator:
+        elif quoted or "::" in before:
             reason, right = "neither name nor value", ""
             if quoted:
                 reason, right = "quote inside a value" if value else "quote not closed", before
             if closing and not value:
                 reason, right = "text behind a closing quote", before + quoted + closing
-            read = "\n".join([f":{command}:", *map("".join, pieces[:number]), right])
+            # An equal piece before this one would have failed first, so index() finds this one.
+            read = "\n".join([f":{command}:", *map("".join, pieces[: pieces.index(piece)]), right])
             raise RequestError(reason, len(read.encode("utf-8", "surrogateescape")))
     return arguments
 
