@@ -427,6 +427,7 @@ def _has_bytes(text: str) -> bool:
 
 
 _SCALARS = (str, int, float, bool, type(None))  # as most values are
+_BYTES = (bytes, bytearray, memoryview)
 _WRITERS: Sequence[tuple[type, Callable[[Any], str]]] = (
     (str, str.__str__),
     (int, int.__repr__),
@@ -443,15 +444,13 @@ def _text(value: object) -> str:
     for kind, write in _WRITERS:
         if isinstance(value, kind):
             return write(value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value).decode("utf-8", "surrogateescape")
-    return str(value)
+    return bytes(value).decode("utf-8", "surrogateescape") if isinstance(value, _BYTES) else str(value)
 
 
 @functools.lru_cache(maxsize=64)
 def _container(kind: type) -> Callable[[Any], Any] | None:
     """Return what makes a dict or a list of an object of class KIND; None where it is a scalar or a Node."""
-    if issubclass(kind, (str, bytes, bytearray, memoryview, Node)):
+    if issubclass(kind, (str, *_BYTES, Node)):
         return None
     if issubclass(kind, Mapping):
         return dict
@@ -507,8 +506,8 @@ def _format_nodes(data: Any, depth: str, indent: str, lines: list[str]) -> None:
 def parse_reply(data: bytes) -> Reply:
     """Read a reply of the line dialect: code, reason, and a tree of Node with children.
 
-    Any indent is read, and a closing blank line (OpenSIPS sends one) is dropped; attributes stay
-    part of the value, as nothing in the text tells them apart. Raises RequestError for no reply.
+    Any indent is read, and a closing blank line (OpenSIPS sends one) is dropped; attributes stay part of the value, as
+    nothing in the text tells them apart. Raises RequestError for no reply.
     """
     text = data.decode("utf-8", "surrogateescape")
     first, *lines = text.removesuffix("\n").removesuffix("\n").split("\n")  # the second is a closing blank line's
@@ -639,17 +638,14 @@ def _json_member(outcome: Any) -> tuple[str, Any]:
 
 # ----------------------------------------------------------------- commands ----
 
-# What the annotations of a command's parameters make of a value. The clients of JSON-RPC know no
-# types: one sends every parameter as a string, another every digit as a number.
-
+# The clients of JSON-RPC know no types: one sends every parameter as a string, another every digit as a number.
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def _convert(kind: Any, optional: bool, value: Any) -> Any:
     """Convert a text or JSON data to int, float, bool or str, or raise LookupError, ValueError or OverflowError.
 
-    A number without a fraction is an int, 0 and 1 are truth values, and a number has a text. None,
-    and "" for anything but str, are for Optional alone.
+    A number without a fraction is an int, 0 and 1 are truth values; None, and "" but for str, are for Optional alone.
     """
     if value.__class__ is str:
         if kind is str:
@@ -1429,7 +1425,6 @@ class Interface:
     def command(
         self, function: _F, *, name: str = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
     ) -> _F: ...
-
     @typing.overload
     def command(
         self, *, name: str = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
@@ -1520,11 +1515,10 @@ class Interface:
 
     def include(self, other: Interface) -> None:
         """Take over the commands and statistics of OTHER that are not the core's."""
-        for command in other.commands.values():
-            if not command.core:
-                if command.name in self.commands and not self.commands[command.name].core:
-                    raise ParameterError(f"command name {command.name!a}: two of the interfaces have one")
-                self._put(command)
+        for command in [one for one in other.commands.values() if not one.core]:
+            if command.name in self.commands and not self.commands[command.name].core:
+                raise ParameterError(f"command name {command.name!a}: two of the interfaces have one")
+            self._put(command)
         for name, function in other.statistics.items():
             if not name.startswith("mi_datagram:"):
                 self.statistic(name, function)
