@@ -391,9 +391,9 @@ TREES = [  # what a command returns, or a function that makes it; its reply belo
     *[(type("Odd", (kind,), {"__str__": lambda self: "odd"})(value), f"{value}\n", value)
       for kind, value in ((int, 1), (float, 0.5), (str, "a"))],
     ([bytearray(b"a"), memoryview(b"b")], "a\nb\n", ["a", "b"]),
-    (lambda: {Color.RED: (n for n in (1, 2)), (1, 2): [{b"k": Node(None, iter([3]), {"a": 4})}]},
-     "Color.RED:: \n\t1\n\t2\n(1, 2):: \n\t\n\t\tk::  a=4\n\t\t\t3\n",
-     {"Color.RED": [1, 2], "(1, 2)": [{"k": {"value": [3], "attributes": {"a": 4}}}]}),
+    (lambda: {"a": (n for n in (1, 2)), Color.RED: {4}, (1, 2): [{b"k": Node(None, iter([3]), {"a": 4})}]},
+     "a:: \n\t1\n\t2\nColor.RED:: \n\t4\n(1, 2):: \n\t\n\t\tk::  a=4\n\t\t\t3\n",
+     {"a": [1, 2], "Color.RED": [4], "(1, 2)": [{"k": {"value": [3], "attributes": {"a": 4}}}]}),
 ]  # fmt: skip
 NOT_FOUND, FAILED = error(-32601, "Method not found"), ("500 command failed\n", error(-32000, "Server error"))
 FAILURES = [  # what a command returns or raises, its reply, its answer in JSON
