@@ -815,39 +815,39 @@ class Deferred:
     """A reply that comes later, once, from any thread; made by Request.defer."""
 
     deadline = math.inf  # by time.monotonic()
-    task: Any = None  # of an `async def` command: the loop itself keeps no reference
+    task: Any = None  # of an `async def` command: its loop holds it by a weak reference alone
 
     def __init__(self, call: Call) -> None:
         self._call = call
         self._once = threading.Lock()  # whoever gets it answers
 
     def reply(self, result: Any = None) -> bool:
-        """Answer with RESULT, as if the command had returned it; False if it is too late."""
+        """Answer with RESULT, as if the command had returned it; return False if it is too late."""
         is_first = self.claim()
         if is_first:
             self._call.finish(result)
         return is_first
 
     def fail(self, code: int, reason: str) -> bool:
-        """Answer `code reason`; False if it is too late."""
+        """Answer `code reason`; return False if it is too late."""
         return self.reply(CommandError(code, reason))
 
     def drop(self) -> bool:
-        """Give up the reply; False if there was one already."""
+        """Give up the reply; return False if there was one already."""
         return self.reply(_Fault("dropped_deferred", detail="never answered"))
 
     def claim(self) -> bool:
-        """Take the right to answer; it is given once."""
+        """Take the right to answer, which is given once."""
         return self._once.acquire(blocking=False)
 
 
 class OpenReplies:
-    """The Deferreds of one server that have no reply yet: MAX_OPEN at most, each dropped at its deadline.
+    """The Deferreds that have no reply yet: MAX_OPEN at most, each dropped at its deadline.
 
     `on_sooner` is called when a deadline is added that comes before all others.
     """
 
-    def __init__(self, on_sooner: Callable[[], object]) -> None:
+    def __init__(self, on_sooner: Callable[[], object] = lambda: None) -> None:
         self._on_sooner = on_sooner
         self._lock = threading.Lock()
         self._open: set[Deferred] = set()
@@ -857,6 +857,8 @@ class OpenReplies:
         return len(self._open)
 
     def add(self, deferred: Deferred) -> None:
+        """Add a Deferred, or see to its new deadline; raise a _Fault if there are too many."""
+        self.drop_late(time.monotonic())
         with self._lock:
             if len(self._open) >= MAX_OPEN and deferred not in self._open:
                 raise _Fault("too_many_open")
@@ -871,24 +873,19 @@ class OpenReplies:
             self._open.discard(deferred)
 
     def drop_late(self, now: float) -> float:
-        """Drop the replies that are late at the time NOW; return the next deadline."""
-        if now >= self._next:
+        """Drop what is late at the time NOW; return the next deadline."""
+        late = []
+        if now >= self._next or now == math.inf:
             with self._lock:
                 late = [deferred for deferred in self._open if deferred.deadline <= now]
                 self._open.difference_update(late)
                 self._next = min([deferred.deadline for deferred in self._open], default=math.inf)
-            self._drop(late)
-        return self._next
-
-    def drop_all(self) -> None:
-        self._drop(list(self._open))
-
-    def _drop(self, several: list[Deferred]) -> None:
-        for deferred in several:
+        for deferred in late:
             try:
                 deferred.drop()
             except Exception as error:  # of whoever sends; the others are to be dropped all the same
                 _note(logging.ERROR, "a late reply was not sent", error=error)
+        return self._next
 
 
 class Step:
@@ -908,8 +905,8 @@ class Service:
     authorize: Authorize | None = None
     silent: bool = False  # whether a refused peer gets no reply at all
     loop: Any = None  # where `async def` commands run, if not on the Interface's
-    open_replies: OpenReplies | None = None  # None: deferred replies have neither deadline nor limit
     is_forked: bool = False  # whether this process is a fork of the server's, and so has nothing to answer
+    open_replies: OpenReplies = dataclasses.field(default_factory=OpenReplies)
     access: Step = dataclasses.field(default_factory=Step)
     logging: Step = dataclasses.field(default_factory=Step)
 
@@ -920,21 +917,17 @@ PENDING: Any = object()  # in place of an answer that comes later
 class Call:
     """One call of one command. It owns its one outcome, which comes now or, after Request.defer(), later.
 
-    A class of its own for each dialect reads the call, and writes the outcome (`format`).
+    A class for each dialect reads the call (`answer`) and writes the outcome (`format`): what the command returned,
+    or its CommandError; None where nothing is to be sent.
     """
 
     exchange: Exchange
     dialect = "line"
     name = ""  # of the command, as it is registered
-    deferred: Deferred | None = None  # made by defer(), and all that a late reply needs with it
+    deferred: Deferred | None = None  # made by defer(), and with it all that a late reply needs
+    format: Callable[[Any], Any]
 
-    def format(self, outcome: Any) -> Any:
-        """Write what the command returned, or its CommandError; None where no answer is to be sent."""
-        raise NotImplementedError
-
-    def run(
-        self, command: Command, values: list[Any], named: dict[str, Any], sent: list[tuple[str, Any]] | None = None
-    ) -> Any:
+    def run(self, command: Command, values: list[Any], named: dict[str, Any], sent: Any = None) -> Any:
         """Bind the arguments and run the command; return what it returns, or PENDING; raise CommandError alone.
 
         SENT are the arguments as a Request has them, where the caller has them at hand.
@@ -942,9 +935,14 @@ class Call:
         exchange = self.exchange
         request = None
         if named or len(values) not in command.ready[self.dialect]:
-            request = self._bind(command, values, named, sent)
+            if command.pass_request:
+                sent = sent or [*[("", value) for value in values], *named.items()]
+                request = Request(command.name, sent, exchange.peer, self.dialect, self)
+            command.bind(values, named, self.dialect)
+            if request is not None:
+                values.insert(0, request)
         if not command.read_only:
-            exchange.write_log(logging.INFO, "%a by %s", command.name, exchange.peer, to=audit)
+            exchange.log(logging.INFO, "%a by %s", command.name, exchange.peer, to=audit)
         exchange.step = command
         try:
             if command.slow:
@@ -953,22 +951,7 @@ class Call:
                 outcome = command.function(*values, **named)
         except BaseException as error:
             return self._decide(self._convert_error(error), request)
-        if request is not None:
-            return self._decide(outcome, request)
-        return outcome
-
-    def _bind(
-        self, command: Command, values: list[Any], named: dict[str, Any], sent: list[tuple[str, Any]] | None
-    ) -> Request | None:
-        """Bind and convert the arguments in place; return the Request, for a command that wants it."""
-        if not command.pass_request:
-            command.bind(values, named, self.dialect)
-            return None
-        sent = sent or [*[("", value) for value in values], *named.items()]
-        command.bind(values, named, self.dialect)
-        request = Request(command.name, sent, self.exchange.peer, self.dialect, self)
-        values.insert(0, request)
-        return request
+        return outcome if request is None else self._decide(outcome, request)
 
     def _convert_error(self, error: BaseException) -> CommandError:
         """Convert an exception to the error that the peer may see: the command's own, or only that it failed."""
@@ -977,7 +960,7 @@ class Call:
         is_forked = self.exchange.service.is_forked
         if is_forked and isinstance(error, SystemExit):
             os._exit(error.code if isinstance(error.code, int) else bool(error.code))
-        failure = self.exchange.failure(self.name, error)
+        failure = self.exchange.convert_error(self.name, error)
         if is_forked:
             os._exit(1)
         return failure
@@ -986,8 +969,7 @@ class Call:
         """Return the Deferred of this call; TIMEOUT is in ms, and the last one counts."""
         deferred = self.deferred or Deferred(self)
         deferred.deadline = time.monotonic() + timeout / 1000
-        if self.exchange.service.open_replies is not None:
-            self.exchange.service.open_replies.add(deferred)
+        self.exchange.service.open_replies.add(deferred)
         if self.deferred is None:
             self.deferred = deferred
             self.exchange.keep_open()
@@ -996,14 +978,14 @@ class Call:
     def _decide(self, outcome: Any, request: Request | None) -> Any:
         """Return OUTCOME if that is the answer, or PENDING where the Deferred answers, or did."""
         if request is not None:
-            request._call = None  # the answer is there, or its Deferred is
+            request._call = None  # from now on nothing can be deferred
         deferred = self.deferred
         if deferred is not None and outcome is deferred:
             return PENDING
         if isinstance(outcome, Deferred):
             outcome = self._convert_error(Error("it returned the Deferred of another request"))
         if deferred is not None:
-            self._forget(deferred)
+            self.exchange.service.open_replies.discard(deferred)
             if not deferred.claim():
                 if isinstance(outcome, CommandError):
                     self.exchange.record_error(outcome, self.name)
@@ -1012,20 +994,16 @@ class Call:
             raise outcome from None
         return outcome
 
-    def _forget(self, deferred: Deferred) -> None:
-        if self.exchange.service.open_replies is not None:
-            self.exchange.service.open_replies.discard(deferred)
-
     def finish(self, outcome: Any) -> None:
         """Answer late; for the Deferred."""
-        if not self.exchange.service.is_forked:
+        exchange = self.exchange
+        if not exchange.service.is_forked:
             try:
                 if isinstance(outcome, CommandError):
-                    self.exchange.record_error(outcome, self.name)
-                self.exchange.complete(self, self.format(outcome))
+                    exchange.record_error(outcome, self.name)
+                exchange.complete(self, self.format(outcome))
             finally:  # so that stopping waits for what is being sent
-                if self.deferred is not None:
-                    self._forget(self.deferred)
+                exchange.service.open_replies.discard(self.deferred)  # type: ignore[arg-type]
 
 
 def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
@@ -1033,16 +1011,17 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
 
     The loop is that of the server (`async with mi.server(…)`), or else the Interface's.
     """
-    import asyncio
 
     async def run(call: Call, deferred: Deferred, values: Any, named: Any) -> None:
+        import asyncio
+
         try:
             outcome = await function(*values, **named)
         except asyncio.CancelledError:
             deferred.drop()
             raise
         except BaseException as error:  # SystemExit included: it would end the program's loop
-            outcome = call.exchange.failure(call.name, error)
+            outcome = call.exchange.convert_error(call.name, error)
         if not isinstance(outcome, Deferred):  # which answers in its own time
             deferred.reply(outcome)
 
@@ -1081,8 +1060,7 @@ class LineCall(Call):
             text = rest.decode("utf-8", "surrogateescape")
             if "::" in text or '"' in text:
                 sent = _parse_arguments(command.name, text)
-                values, named = command.split_arguments(sent)
-                outcome = self.run(command, values, named, sent)
+                outcome = self.run(command, *command.split_arguments(sent), sent)
             else:  # by position alone and not quoted, as most are: read in half the time
                 values = [value for line in text.split("\n") if (value := line.strip(WHITE))]
                 outcome = self.run(command, values, {})
@@ -1106,7 +1084,6 @@ class LineCall(Call):
         raise _Fault("unknown_commands")
 
     def format(self, outcome: Any) -> bytes | None:
-        """Write what the command returned, or its error, as a reply that fits; None where none is to be sent."""
         exchange = self.exchange
         if isinstance(outcome, CommandError):
             if isinstance(outcome, _Fault) and outcome.silent:
@@ -1115,7 +1092,7 @@ class LineCall(Call):
         try:
             reply = format_reply(outcome, exchange.service.indent)
         except Exception as error:  # a value whose str() raises, a tree without an end, a reason that has no bytes
-            return self.format(exchange.record_error(exchange.failure("reply", error), self.name))
+            return self.format(exchange.record_error(exchange.convert_error("reply", error), self.name))
         return reply if len(reply) <= exchange.service.limit else self.format(exchange.too_long(len(reply), self.name))
 
 
@@ -1142,29 +1119,27 @@ class JsonCall(Call):
             finally:  # a peer that may not ask does not learn either that there is no such command
                 exchange.authorize(self.name)
             params = call.get("params", ())
-            if isinstance(params, dict):
-                outcome = self.run(command, [], dict(params))
-            else:
-                outcome = self.run(command, [*params], {})
+            values, named = ([], dict(params)) if isinstance(params, dict) else ([*params], {})
+            outcome = self.run(command, values, named)
         except CommandError as error:
             outcome = exchange.record_error(error, self.name)
         return PENDING if outcome is PENDING else self.format(outcome)
 
     def format(self, outcome: Any) -> str | None:
-        """Write what the command returned, or its error, as an answer that fits; None where none is to be sent."""
-        exchange, service = self.exchange, self.exchange.service
+        exchange, limit = self.exchange, self.exchange.service.limit
         if self.is_notification or (isinstance(outcome, _Fault) and outcome.silent):
             return None
         member, value = _json_member(outcome)
         try:
             text = self._write(member, value, self.id)
         except Exception as error:  # what JSON cannot say
-            return self.format(exchange.record_error(exchange.failure("reply", error), self.name))
-        if len(text) <= service.limit:
-            return text
-        value = _json_error(exchange.too_long(len(text), self.name))
-        text = self._write("error", value, self.id)
-        return text if len(text) <= service.limit else self._write("error", value, None)
+            return self.format(exchange.record_error(exchange.convert_error("reply", error), self.name))
+        if len(text) > limit:
+            value = _json_error(exchange.too_long(len(text), self.name))
+            text = self._write("error", value, self.id)
+            if len(text) > limit:
+                text = self._write("error", value, None)
+        return text
 
     def _write(self, member: str, value: Any, call_id: Any) -> str:
         indent = self.exchange.service.json_indent
@@ -1184,9 +1159,9 @@ class Exchange:
 
     service: Service
     step: Any = None  # what runs now and may wait: a Step or a Command
-    call: JsonCall | None = None  # the one to which a reply that cannot be sent is charged
+    call: JsonCall | None = None  # in JSON: what answers for the whole datagram where a reply does not fit
     batch: dict[JsonCall, Any] | None = None  # the answer to each call of a JSON array, PENDING until it is there
-    lock: threading.Lock | None = None  # of the batch, once a call of it was deferred
+    lock: Any = contextlib.nullcontext()  # of the batch: a lock once a call of it was deferred
 
     def __init__(self, service: Service, peer: Peer | None, send: Callable[[bytes], object] | None) -> None:
         self.service = service
@@ -1205,7 +1180,7 @@ class Exchange:
         pass
 
     def keep_open(self) -> None:
-        self.lock = self.lock or threading.Lock()
+        self.__dict__.setdefault("lock", threading.Lock())
 
     def answer(self, data: bytes) -> bytes | None:
         """Return the reply to the datagram; None where there is none, or not yet."""
@@ -1217,7 +1192,7 @@ class Exchange:
                 return None
             if _is_json(data):
                 return self._answer_json(data)
-        call = LineCall()  # no __init__: each request makes one
+        call = LineCall()  # no __init__, as every request makes one
         call.exchange = self
         return call.answer(data)
 
@@ -1262,9 +1237,9 @@ class Exchange:
         return None
 
     def _is_last(self, call: JsonCall, answer: str | None) -> bool:
-        """Put ANSWER into the batch; whether all are there now."""
+        """Put ANSWER into the batch; return whether all are there now."""
         assert self.batch is not None
-        with self.lock or contextlib.nullcontext():
+        with self.lock:
             self.batch[call] = answer
             return PENDING not in self.batch.values()
 
@@ -1277,6 +1252,13 @@ class Exchange:
             text = self.call.format(self.too_long(len(text), ""))
         return None if text is None else text.encode()
 
+    def complete(self, call: Any, answer: Any) -> None:
+        """Take the late answer of a call; send the reply if there is one now."""
+        if self.batch is None:
+            self.send(answer.encode() if isinstance(answer, str) else answer)
+        elif self._is_last(call, answer):
+            self.send(self._join())
+
     def replace_too_large(self, reply: bytes) -> bytes | None:
         """Return what to send in place of a reply that is too large for the system; None if that is no help."""
         call: Call = self.call or LineCall()
@@ -1284,13 +1266,6 @@ class Exchange:
         answer = call.format(self.too_long(len(reply), ""))
         shorter = answer.encode() if isinstance(answer, str) else answer
         return shorter if shorter is not None and len(shorter) < len(reply) else None
-
-    def complete(self, call: Any, answer: Any) -> None:
-        """Take the late answer of a call; send the reply if there is one now."""
-        if self.batch is None:
-            self.send(answer.encode() if isinstance(answer, str) else answer)
-        elif self._is_last(call, answer):
-            self.send(self._join())
 
     def run_slow(self, step: Any, function: Callable[..., Any], /, *values: Any, **named: Any) -> Any:
         """Run what was slow last time, while another thread receives."""
@@ -1312,8 +1287,7 @@ class Exchange:
             if self.run_slow(step, authorize, peer, name) if step.slow else authorize(peer, name):
                 return
         except Exception as error:
-            if self.service.interface.log_limit.allows("authorize failed"):
-                self.write_log(logging.ERROR, "authorize failed for %a, so it is refused", name[:DETAIL], error=error)
+            self.log_failure(f"authorize of {name[:DETAIL]!a} failed, so it is refused", error)
         raise _Fault("forbidden", detail=name, silent=self.service.silent)
 
     def refuse(self, kind: str, detail: object) -> typing.NoReturn:
@@ -1331,32 +1305,32 @@ class Exchange:
                 detail = str(error.detail) if isinstance(error, _Fault) and error.detail else str(error)
             except Exception:  # a reason that has no text
                 detail = type(error).__name__
-            self.write_log(level, "%a from %s: %s: %a", name[:DETAIL], self.peer, kind, detail[:DETAIL])
+            self.log(level, "%a from %s: %s: %a", name[:DETAIL], self.peer, kind, detail[:DETAIL])
         return error
 
-    def failure(self, name: str, error: BaseException) -> CommandError:
-        """Log an exception that is not the command's own word to its peer; return the error that the peer may see."""
+    def convert_error(self, name: str, error: BaseException) -> CommandError:
+        """Return the error that the peer may see; log any exception that is not a CommandError."""
         if isinstance(error, CommandError):
             return error
-        if self.service.interface.log_limit.allows("failed"):
-            self.write_log(logging.ERROR, "command %a failed", name[:DETAIL], error=error)
+        self.log_failure(f"command {name[:DETAIL]!a} failed", error)
         return _Fault("failed_commands", detail=type(error).__name__)
 
     def too_long(self, length: int, name: str) -> CommandError:
-        return self.record_error(
-            _Fault("too_long_replies", detail=f"{length} bytes, {self.service.limit} allowed"), name
-        )
+        fault = _Fault("too_long_replies", detail=f"{length} bytes, {self.service.limit} allowed")
+        return self.record_error(fault, name)
 
-    def write_log(
-        self, level: int, text: str, *arguments: object, error: BaseException | None = None, to: logging.Logger = log
-    ) -> None:
+    def log_failure(self, text: str, error: BaseException) -> None:
+        if self.service.interface.log_limit.allows("failures"):
+            self.log(logging.ERROR, "%s", text, error=error)
+
+    def log(self, level: int, *arguments: Any, to: logging.Logger = log, **options: Any) -> None:
         """Log; while another thread receives, if the log waited last time."""
         if to.isEnabledFor(level):
             step = self.step = self.service.logging
             if step.slow:
-                self.run_slow(step, _note, level, text, *arguments, error=error, to=to)
+                self.run_slow(step, _note, level, *arguments, to=to, **options)
             else:
-                _note(level, text, *arguments, error=error, to=to)
+                _note(level, *arguments, to=to, **options)
 
 
 def is_urgent(interface: Interface, data: bytes) -> bool:
@@ -1546,7 +1520,7 @@ class Interface:
         pass_request = "request" in inspect.signature(function).parameters
         return Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
 
-    def server(self, socket_name: str | os.PathLike[str], **options: Unpack[ServerOptions]) -> UnixServer | UDPServer:
+    def server(self, socket_name: str | os.PathLike[str], **options: Unpack[_ServerOptions]) -> UnixServer | UDPServer:
         """Make a server of these commands: a UnixServer or a UDPServer; help() of these lists the PARAMETERS."""
         kind: Any = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
         server: UnixServer | UDPServer = kind(socket_name, self, **options)
@@ -1559,9 +1533,13 @@ class Interface:
 
         None where there is nothing to send, or not yet: late replies go to SEND.
         """
-        return Exchange(Service(self), peer, send).answer(data)
+        return Exchange(self._service, peer, send).answer(data)
 
     # ---- for servers
+
+    @functools.cached_property
+    def _service(self) -> Service:
+        return Service(self)
 
     def use_counters(self, make: Callable[[], Counter]) -> None:
         """Count the service's own statistics with what MAKE makes, always asked in the same order."""
@@ -1900,8 +1878,8 @@ PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
 }
 
 
-class ServerOptions(typing.TypedDict, total=False):
-    """The types of PARAMETERS as keywords, and what else a server takes beside its name and its Interface."""
+class Parameters(typing.TypedDict, total=False):
+    """The types of PARAMETERS as keywords."""
 
     children_count: int
     unix_socket_mode: int | str
@@ -1912,6 +1890,11 @@ class ServerOptions(typing.TypedDict, total=False):
     socket_buf_size: int
     pretty_printing: bool
     max_threads: int
+
+
+class _ServerOptions(Parameters, total=False):
+    """What a server takes beside its name and its Interface."""
+
     handler: Callable[[Any, Any, Any], Any]
     authorize: Authorize | None
     listening: Any
@@ -1970,8 +1953,7 @@ class Work(typing.NamedTuple):
     is_urgent: Callable[[Any], bool]
     size: Callable[[Any], int]  # bytes
     stalled: Callable[[], object]  # the leader was replaced, as it is in one item for a TICK
-    receive_failed: Callable[[OSError], object]
-    start_failed: Callable[[Exception], object]  # no thread could be started
+    failed: Callable[[str, Exception], object]  # to receive, or to start a thread: the statistic, the error
 
 
 LEAD: Any = object()  # a worker's turn to lead
@@ -1981,24 +1963,24 @@ FORKED = -math.inf  # in place of LeaderFollowers._left
 class LeaderFollowers:
     """Threads that take turns in receiving: one worker leads, the others handle what waits, or follow.
 
-    1. One worker at a time is the leader. It takes an item without waiting, handles it in place, and takes the next;
+    1. One worker at a time is the leader: it takes an item without waiting, handles it in place, and takes the next;
        when there is none it polls. So quick items cost no change of threads.
     2. A leader that may be long in an item is replaced: by `yield_lead`, which it calls before it waits, or by the
        watcher, the thread in `watch`, which finds it in the same item for a whole TICK.
-    3. The lead goes to a follower, or else to a new worker, `max_workers` at most. Where neither can be had the
-       leader stays the leader. Nobody waits for the change: the lead is vacant until the follower wakes up.
+    3. The lead goes to a follower, or else to a new worker, `max_workers` at most; where there is neither the leader
+       stays. Nobody waits for the change: the lead is vacant until the other one wakes up.
     4. `_leader` changes under the lock alone. A worker reads it without the lock before each item, so one that was
-       just replaced may take one item more. Before it polls it looks again, under the lock, so one thread polls.
+       just replaced may take one item more. Before it polls it looks again, under the lock: one thread polls.
     5. The last free worker is the reserve. While it leads it handles in place what is urgent alone, and leaves the
-       rest to the backlog; when that is full it stops receiving. A worker that is done takes from the backlog first.
-       While something is in the backlog, nothing that is not urgent goes past it.
-    6. A worker that is done, and finds neither backlog nor vacant lead, follows, or ends if SPARE_THREADS do already.
-       One that dies of an error is replaced.
-    7. The watcher sleeps while the leader polls, and a leader that has something to do wakes it up. Both tell under
-       the lock what they do, so neither misses the other. An idle server makes no wake-ups.
-    8. At the shutdown the leader goes on until there is no item left, or DRAIN were handled; workers that are done
+       rest to the backlog; when that is full it stops receiving. A worker that is done takes from the backlog first,
+       and while something is in it, nothing that is not urgent goes past it.
+    6. A worker that finds neither backlog nor vacant lead follows, or ends if SPARE_THREADS follow already. One that
+       dies of an error is replaced.
+    7. The watcher sleeps only while the leader polls, and who has polled wakes it up. Both tell under the lock what
+       they do, so neither misses the other. An idle server makes no wake-ups.
+    8. At the shutdown the leader goes on until there is no item left, or `drain` were taken; workers that are done
        empty the backlog and end.
-    9. In a process that was forked from this one no worker goes on: the thread that forked ends the process.
+    9. In a process that is forked no worker goes on: the one that forked ends it.
     """
 
     def __init__(self, work: Work, max_workers: int) -> None:
@@ -2012,13 +1994,11 @@ class LeaderFollowers:
         self._leader = 0  # an ident; 0 while the lead is vacant
         self._is_polling = False
         self._watcher_sleeps = False
-        self._backlog = Backlog()
+        self._backlog: collections.deque[Any] = collections.deque()
         self._is_careful = False  # whether the leader is to ask _admit() before it handles an item
         self._current: Any = None  # the item that the leader is in
         self._left = math.inf  # items to take until the end: less than inf from the shutdown on, 0 at its end
         self._requested: int | None = None  # the `drain` of request_shutdown
-
-    # ---- for the server
 
     def start(self) -> bool:
         """Start the first worker; False if no thread can be had."""
@@ -2033,38 +2013,24 @@ class LeaderFollowers:
             try:
                 worker.start()
             except (RuntimeError, MemoryError) as error:
-                self.work.start_failed(error)
+                self.work.failed("thread_errors", error)
                 return False
             self._workers.add(worker.ident)
             self._update()
         return True
 
-    def yield_lead(self) -> None:
-        """Have another worker receive, as what this thread does next may take long."""
+    def yield_lead(self) -> bool:
+        """Have another worker receive, as what this thread does next may take long; return False if there is none."""
         with self._lock:
-            if self._leader == get_ident():
-                self._promote_follower()
-
-    def run_slow(self, function: Callable[..., object], *arguments: Any) -> bool:
-        """Run what may wait: here on a worker, else on a worker of its own; False if nobody else would receive then."""
-        if get_ident() not in self._workers:
-            return self.spawn(function, *arguments)
-        self.yield_lead()
-        if self._leader == get_ident():
-            return False
-        function(*arguments)
-        return True
+            return self._leader != get_ident() or self._promote_follower()
 
     def is_worker(self) -> bool:
-        """Whether this thread is one of the workers."""
         return get_ident() in self._workers
 
     def is_ending(self) -> bool:
-        """Whether the shutdown has begun."""
         return self._left < math.inf
 
     def is_done(self) -> bool:
-        """Whether no worker is left."""
         return not self._workers
 
     def wake_watcher(self) -> None:
@@ -2095,9 +2061,7 @@ class LeaderFollowers:
         self._leader, self._left = 0, FORKED
 
     def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
-        """Replace a leader that is in one item for a whole TICK; call ACT between, which says when it wants to be
-        called again at the latest (s from then); return when IS_OVER().
-        """
+        """Replace leaders until IS_OVER(); call ACT between, which returns in how many s it wants to be called again."""
         seen: Any = None
         was_polling = False
         ticks = 0  # since anything changed
@@ -2106,7 +2070,7 @@ class LeaderFollowers:
             if self._requested is not None:
                 self.shutdown(self._requested)
             with self._lock:
-                self._watcher_sleeps = ticks >= QUIET_TICKS and self._left == math.inf
+                self._watcher_sleeps = ticks >= QUIET_TICKS and self._is_polling and self._left == math.inf
                 pause = delay if self._watcher_sleeps else min(delay, TICK)
                 self._state_changed.wait(None if pause == math.inf else min(pause, threading.TIMEOUT_MAX))
                 if self._current is not seen or self._is_polling != was_polling:
@@ -2114,11 +2078,11 @@ class LeaderFollowers:
                 elif self._leader and not self._is_polling:
                     if self._promote_follower():
                         self.work.stalled()
-                else:
+                elif self._leader or ticks < QUIET_TICKS:
                     ticks += 1
-                    if not self._leader and self._left > 0 and ticks == QUIET_TICKS:  # no thread could be had
-                        ticks = 0
-                        self._call_follower()
+                elif self._left > 0:  # nobody leads: no thread could be had
+                    ticks = 0
+                    self._call_follower()
 
     def end(self) -> None:
         """End now: no worker takes another item."""
@@ -2126,13 +2090,12 @@ class LeaderFollowers:
             self._end_lead()
             self._backlog.clear()
 
-    # ---- the workers
-
     def _run(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
             function(*arguments)
         finally:
-            self._end_forked_process()
+            if self._left == FORKED:
+                os._exit(1)
             with self._lock:
                 self._workers.discard(get_ident())
                 if self._leader == get_ident():  # it died of an error
@@ -2162,7 +2125,7 @@ class LeaderFollowers:
                 self._wait_for_items()
                 continue
             except OSError as error:
-                self.work.receive_failed(error)
+                self.work.failed("receive_errors", error)
                 continue
             if self._is_careful and not self._admit(item):
                 continue
@@ -2171,7 +2134,8 @@ class LeaderFollowers:
 
     def _take_turn(self) -> Any:
         """Wait for an item of the backlog, or for the lead (LEAD); None if this worker is not needed any more."""
-        self._end_forked_process()
+        if self._left == FORKED:
+            os._exit(0)
         with self._lock:
             max_followers = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # one is left for a late reply
             if self._leader and not self._backlog and self._followers >= max_followers:
@@ -2182,33 +2146,24 @@ class LeaderFollowers:
             self._followers -= 1
             turn = None
             if self._backlog:
-                turn = self._backlog.pop()
+                turn = self._backlog.popleft()
                 self._state_changed.notify_all()
             elif self._left > 0:
                 self._leader, self._current, turn = get_ident(), None, LEAD
             self._update()
             return turn
 
-    def _end_forked_process(self) -> None:
-        if self._left == FORKED:
-            os._exit(0)
-
-    # ---- the lead
-
     def _promote_follower(self) -> bool:
         """Give the lead to another worker; False if there is none. Under the lock."""
         leader, self._leader = self._leader, 0
-        if self._call_follower():
-            return True
-        self._leader = leader
-        return False
+        if not self._call_follower():
+            self._leader = leader
+        return not self._leader
 
     def _call_follower(self) -> bool:
         """Have a worker look for a turn; False if there is none. Under the lock."""
-        if self._followers:
-            self._turn.notify()
-            return True
-        return self.spawn(self._work)
+        self._turn.notify()
+        return bool(self._followers) or self.spawn(self._work)
 
     def _end_lead(self) -> None:
         self._leader = self._left = 0
@@ -2230,18 +2185,20 @@ class LeaderFollowers:
                 self._end_lead()
             if is_urgent or not self._is_crowded():
                 return True
-            size = self.work.size(item)
-            self._state_changed.wait_for(lambda: self._backlog.has_room(size) or self._left <= 0)
-            self._backlog.push(item, size)
+            self._state_changed.wait_for(lambda: self._has_room(item) or self._left <= 0)
+            self._backlog.append(item)
             self._turn.notify()
             return False
 
+    def _has_room(self, item: Any) -> bool:
+        size = sum(map(self.work.size, self._backlog)) + self.work.size(item)
+        return len(self._backlog) < BACKLOG and size <= BACKLOG_BYTES
+
     def _wait_for_items(self) -> None:
         with self._lock:
-            if self._leader != get_ident():
-                return
-            if self._left < math.inf:  # there is none left
+            if self._leader == get_ident() and self._left < math.inf:  # there is none left
                 self._end_lead()
+            if self._leader != get_ident():
                 return
             self._is_polling = True
         self.work.poll()
@@ -2251,33 +2208,6 @@ class LeaderFollowers:
             self.wake_watcher()
         if self._requested is not None:
             self.shutdown(self._requested)
-
-
-class Backlog:
-    """Items that wait in their order: at most BACKLOG, of at most BACKLOG_BYTES bytes."""
-
-    def __init__(self) -> None:
-        self._items: collections.deque[tuple[Any, int]] = collections.deque()
-        self._bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def has_room(self, size: int) -> bool:
-        return len(self._items) < BACKLOG and self._bytes + size <= BACKLOG_BYTES
-
-    def push(self, item: Any, size: int) -> None:
-        self._items.append((item, size))
-        self._bytes += size
-
-    def pop(self) -> Any:
-        item, size = self._items.popleft()
-        self._bytes -= size
-        return item
-
-    def clear(self) -> None:
-        self._items.clear()
-        self._bytes = 0
 
 
 # ------------------------------------------------------------------ sending ----
@@ -2460,7 +2390,7 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
 
     def send(self, reply: bytes | None) -> None:
         if reply is None:
-            self.server.forget(self.request)
+            self.server.keep_open(self.request, False)
         else:
             self.server.reply_to(self, reply)
 
@@ -2538,242 +2468,19 @@ class _Buffer(threading.local):
         self.view = memoryview(bytearray(size))
 
 
-class ServerMixIn(socketserver.BaseServer):
-    """What UnixServer and UDPServer share: their life, and the hooks that socketserver has for subclasses.
+class _AsyncContext:
+    """Have `async with` serve an Interface whose `async def` commands run on the present event loop."""
 
-    The thread in serve_forever is the watcher of a LeaderFollowers; it and the workers are `max_threads` at most.
-    """
+    service: Service
+    start: Any
+    stop: Any
 
-    socket: Socket
-    current: Handler | None = None  # the one that the leader is in
-    drain = DRAIN  # datagrams that are still answered at the end
-    _state = "idle"  # then "serving", "idle" again, or "closed"
-    _close_at_end = False
-    _threads: LeaderFollowers | None = None  # while it serves
-    _watcher = 0  # the ident of the thread that watches
-
-    def __init__(
-        self,
-        socket_name: Any,
-        interface: Interface,
-        handler: Callable[[Any, Any, Any], socketserver.BaseRequestHandler] = Handler,
-        authorize: Authorize | None = None,
-        listening: Socket | None = None,
-        **parameters: Any,
-    ) -> None:
-        """Bind the socket, or take over LISTENING, which is bound already.
-
-        PARAMETERS are those of the original; times are in ms, sizes in bytes. Raises
-        ParameterError for a wrong value and SocketError where the socket cannot be made; nothing
-        is created then.
-        """
-        name = parse_socket_name(socket_name)
-        self.parameters = values = check_parameters(parameters)
-        if values["children_count"] > 1:
-            raise _wrong("children_count", values["children_count"], "only python -m mi_datagram has children")
-        if not (MSG_DONTWAIT and hasattr(select, "poll")):
-            raise SocketError("this system lacks MSG_DONTWAIT or poll")
-        self.open_replies = OpenReplies(self._wake_watcher)
-        self.service = Service(
-            interface,
-            limit=values["socket_buf_size"],
-            indent=values["reply_indent"],
-            json_indent=values["reply_indent"] if values["pretty_printing"] else None,
-            authorize=authorize,
-            silent=isinstance(name, tuple),  # a UDP peer, which may be forged, gets no reply where it is refused
-            open_replies=self.open_replies,
-        )
-        self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
-        self.buffer = _Buffer(self.service.limit + 1)  # one byte more shows that a request is too long
-        self.outbox = self._outbox(
-            values["socket_timeout"] / 1000, min(values["max_threads"] // 2, values["max_threads"] - 3)
-        )
-        self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
-        self._state_changed = threading.Condition()
-        with _naming(socket_name):
-            super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
-        if listening is not None:
-            self.socket.close()
-            self.socket = listening
-            self.server_address = listening.getsockname()
-            self.drain = 0  # its queue is the successor's
-        self._prepare()
-        _servers.add(self)
-
-    @property
-    def interface(self) -> Interface:
-        """The Interface that is served."""
-        return self.service.interface
-
-    # ---- for the two kinds
-
-    def _resolve(self, name: str | tuple[str, int]) -> Any:
-        """Check that NAME is one for this class and return the address to bind."""
-        raise NotImplementedError
-
-    def _outbox(self, timeout: float, max_waiting: int) -> Outbox:
-        return Outbox(self.interface, timeout, max_waiting, self._run_slow)
-
-    def _prepare(self) -> None:
-        """Set what the socket has, bound here or passed in."""
-        self.outbox.prepare(self.socket)
-
-    def make_peer(self, request: Any, client_address: Any) -> Peer:
-        """Return who sent a request."""
-        return Peer(client_address)
-
-    def keep_open(self, request: Any) -> None:
-        """Learn that the reply to a request comes later."""
-
-    def forget(self, request: Any) -> None:
-        """Learn that a request that was kept open has no reply."""
-
-    def remove_file(self) -> None:
-        """Remove the socket file, if there is one and it is still ours; takes no lock."""
-
-    # ---- life
-
-    def start(self: _S) -> _S:
-        """Serve in the background; return once serving."""
-        if not self._begin():
-            raise Error(f"this server is {self._state}")
-        try:
-            threading.Thread(target=self._serve, name="mi_datagram", daemon=True).start()
-        except RuntimeError:
-            self._drain()
-            raise
-        return self
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown() or stop(); wait for that if it is served in the background already.
-
-        A subclass's service_actions is called every POLL_INTERVAL seconds.
-        """
-        if self._begin():
-            self._serve(poll_interval)
-        else:
-            with self._state_changed:
-                self._state_changed.wait_for(lambda: self._state != "serving")
-
-    def _begin(self) -> bool:
-        """Have a thread receive; False if this server is not idle."""
-        if self.service.is_forked:
-            raise Error("this server is another process's: make one after the fork")
-        _refuse_gevent()
-        with self._state_changed:
-            if self._state != "idle":
-                return False
-            self._poller = Poller(self.socket)
-            work = Work(
-                receive=self.get_request,
-                handle=self._handle,
-                poll=self._poller.poll,
-                wake=self._poller.wake,
-                is_urgent=lambda item: is_urgent(self.interface, item[0][0]),
-                size=lambda item: len(item[0][0]),
-                stalled=self._stalled,
-                receive_failed=self._receive_failed,
-                start_failed=self._start_failed,
-            )
-            self._threads = LeaderFollowers(work, self.parameters["max_threads"] - 1)
-            self._state = "serving"
-            if self._threads.start():
-                return True
-        self._drain()
-        raise Error("no thread could be started")
-
-    def _serve(self, poll_interval: float = 0.5) -> None:
-        assert self._threads is not None
-        self._watcher = get_ident()
-        acts = type(self).service_actions is not socketserver.BaseServer.service_actions
-
-        def act() -> float:
-            if acts:
-                self.service_actions()
-            return min(self._see_to_deadlines(), poll_interval if acts else math.inf)
-
-        try:
-            self._threads.watch(act, self._threads.is_ending)
-        finally:
-            self._drain()
-
-    def _see_to_deadlines(self) -> float:
-        """Drop late replies, and tell what the log left out; return in how many s there is more to do."""
-        now = time.monotonic()
-        return min(self.open_replies.drop_late(now), self.interface.log_limit.tell()) - now
-
-    def _drain(self) -> None:
-        """Let what runs finish and reply, for drain_time; drop the rest."""
-        threads = self._threads
-        if self.service.is_forked or threads is None:
-            return
-        deadline = time.monotonic() + self.drain_time
-
-        def is_over() -> bool:
-            return (threads.is_done() and not self.open_replies) or time.monotonic() >= deadline
-
-        try:
-            threads.shutdown(self.drain if self._close_at_end else 0)
-            threads.watch(self._see_to_deadlines, is_over)
-        finally:  # after a second Ctrl-C too
-            threads.end()
-            self.open_replies.drop_all()
-            self.interface.log_limit.tell(at_once=True)
-            with self._state_changed:
-                self._poller.close()
-                self._threads = None
-                self._watcher = 0
-                self._state = "idle"
-                if self._close_at_end:
-                    self._close()
-                self._state_changed.notify_all()
-
-    def shutdown(self) -> None:
-        """End serve_forever and wait for it; in a thread of this server, or on the loop of its commands, only ask."""
-        threads = self._threads
-        if threads is not None and not self.service.is_forked:
-            threads.shutdown(self.drain if self._close_at_end else 0)
-            if not (threads.is_worker() or get_ident() == self._watcher or self._is_on_loop()):
-                with self._state_changed:
-                    self._state_changed.wait_for(lambda: self._threads is not threads)
-
-    def stop(self, wait: bool = True) -> None:
-        """Take no more requests, let running commands reply, remove the socket file and close.
-
-        In a thread of this server, or on the loop of its commands, it asks and returns; so it does
-        everywhere with wait=False, which takes no lock and is what a signal handler calls.
-        """
-        if self.service.is_forked:
-            return
-        self._close_at_end = True
-        self.remove_file()  # first: newcomers are told at once, and while the socket lives no other file has its inode
-        threads = self._threads
-        if threads is not None:
-            threads.request_shutdown(self.drain) if not wait else self.shutdown()
-        elif self._state == "idle":
-            self.open_replies.drop_all()
-            self._close()
-
-    def server_close(self) -> None:
-        """Remove the socket file if it is still ours, and close; the same as stop()."""
-        self.stop()
-
-    def _close(self) -> None:
-        self._state = "closed"
-        self.socket.close()
-
-    def __enter__(self: _S) -> _S:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    async def __aenter__(self: _S) -> _S:
-        """Serve in the background; `async def` commands run on the present loop."""
+    async def __aenter__(self: _A) -> _A:
         import asyncio
 
         self.service.loop = asyncio.get_running_loop()
-        return self.start()
+        self.start()
+        return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop, without blocking the loop; a task that is cancelled meanwhile ends when that is done."""
@@ -2795,7 +2502,8 @@ class ServerMixIn(socketserver.BaseServer):
             raise cancelled
 
     def _is_on_loop(self) -> bool:
-        loop = self.service.loop or self.interface.loop
+        """Whether this is the thread of the loop where the commands run."""
+        loop = self.service.loop or self.service.interface.loop
         if loop is not None:
             import asyncio
 
@@ -2803,7 +2511,276 @@ class ServerMixIn(socketserver.BaseServer):
                 return asyncio.get_running_loop() is loop
         return False
 
-    # ---- processes that are forked
+
+_A = typing.TypeVar("_A", bound=_AsyncContext)
+
+
+class _Threads(socketserver.BaseServer):
+    """The threads of a server, and what they do with a datagram."""
+
+    service: Service
+    current: Handler | None = None  # the one that the leader is in
+    _threads: LeaderFollowers | None = None  # while it serves
+
+    def yield_lead(self) -> bool:
+        """Have another thread receive while this one waits; return False if there is none."""
+        return self._threads is None or self._threads.yield_lead()
+
+    def _run_slow(self, function: Callable[..., object], *arguments: Any) -> bool:
+        """Run what may wait, on a worker; return False if nobody would receive then."""
+        threads = self._threads
+        if threads is not None and not threads.is_worker():
+            return threads.spawn(function, *arguments)
+        if not self.yield_lead():
+            return False
+        function(*arguments)
+        return True
+
+    def _wake_watcher(self) -> None:
+        if self._threads is not None:
+            self._threads.wake_watcher()
+
+    def _mark_slow(self) -> None:
+        if self.current is not None and self.current.step is not None:
+            self.current.step.slow = True
+
+    def _record_failure(self, kind: str, error: Exception) -> None:
+        self.service.interface.count(kind)
+        if self.service.interface.log_limit.allows(kind):
+            _note(logging.ERROR, "%s: %a", kind, str(error))
+        if kind == "receive_errors":
+            time.sleep(TICK)  # whatever it is, it may last
+
+    def _handle(self, item: Any) -> None:
+        try:
+            if self.verify_request(*item):
+                self.process_request(*item)
+        except BaseException:  # one request must not end the others
+            self.handle_error(*item)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Handle the request in the thread that received it."""
+        self.finish_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Count and log what the handler raised."""
+        self.service.interface.count("handler_errors")
+        if self.service.interface.log_limit.allows("handler_errors"):
+            _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
+
+
+class ServerMixIn(_AsyncContext, _Threads):
+    """What UnixServer and UDPServer share: their life, and the hooks that socketserver has for subclasses.
+
+    The thread in serve_forever is the watcher of a LeaderFollowers; it and the workers are `max_threads` at most.
+    """
+
+    socket: Socket
+    drain = DRAIN  # datagrams that are still answered at the end
+    _watcher = 0  # the ident of the thread that watches
+    _is_over = False  # whether it is to be closed when it has stopped
+
+    def __init__(
+        self,
+        socket_name: str | os.PathLike[str],
+        interface: Interface,
+        handler: Callable[[Any, Any, Any], socketserver.BaseRequestHandler] = Handler,
+        authorize: Authorize | None = None,
+        listening: Socket | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> None:
+        """Bind the socket, or take over LISTENING, which is bound already.
+
+        PARAMETERS are those of the original; times are in ms, sizes in bytes. Raises ParameterError for a
+        wrong value and SocketError where the socket cannot be made; nothing is created then.
+        """
+        if not (MSG_DONTWAIT and hasattr(select, "poll")):
+            raise SocketError("this system lacks MSG_DONTWAIT or poll")
+        name = parse_socket_name(socket_name)
+        self.parameters = values = check_parameters(parameters)
+        if values["children_count"] > 1:
+            raise _wrong("children_count", values["children_count"], "only python -m mi_datagram has children")
+        self.service = Service(
+            interface,
+            values["socket_buf_size"],
+            values["reply_indent"],
+            values["reply_indent"] if values["pretty_printing"] else None,
+            authorize,
+            silent=isinstance(name, tuple),  # a UDP peer, which may be forged, gets no reply where it is refused
+            open_replies=OpenReplies(self._wake_watcher),
+        )
+        self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
+        self.buffer = _Buffer(self.service.limit + 1)  # one byte more shows that a request is too long
+        max_waiting = min(values["max_threads"] // 2, values["max_threads"] - 3)
+        self.outbox = self._outbox_class(interface, values["socket_timeout"] / 1000, max_waiting, self._run_slow)
+        self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
+        self._ended = threading.Condition()
+        with _naming(os.fspath(socket_name)):
+            super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
+        if listening is not None:
+            self.socket.close()
+            self.socket = listening
+            self.server_address = listening.getsockname()
+            self.drain = 0  # its queue is the successor's
+        self._prepare()
+        _servers.add(self)
+
+    @property
+    def interface(self) -> Interface:
+        """The Interface that is served."""
+        return self.service.interface
+
+    # ---- what the two kinds do in their ways
+
+    _outbox_class: type[Outbox] = Outbox
+
+    def _resolve(self, name: str | tuple[str, int]) -> Any:
+        """Check that NAME is one for this class and return the address to bind."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Set what the socket has, bound here or passed in."""
+        self.outbox.prepare(self.socket)
+
+    def make_peer(self, request: Any, client_address: Any) -> Peer:
+        """Return who sent a request."""
+        return Peer(client_address)
+
+    def keep_open(self, request: Any, is_open: bool = True) -> None:
+        """Learn that the reply to a request comes later, or that there is none after all."""
+
+    def remove_file(self) -> None:
+        """Remove the socket file, if there is one and it is still ours; takes no lock."""
+
+    # ---- life
+
+    def start(self: _S) -> _S:
+        """Serve in the background; return once serving."""
+        if not self._begin():
+            raise Error("this server serves already" if self._threads else "this server is closed")
+        try:
+            threading.Thread(target=self._serve, name="mi_datagram", daemon=True).start()
+        except RuntimeError:
+            self._drain()
+            raise
+        return self
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until shutdown() or stop(); wait for that if it is served in the background already.
+
+        A subclass's service_actions is called every POLL_INTERVAL seconds.
+        """
+        if self._begin():
+            self._serve(poll_interval)
+        else:
+            with self._ended:
+                self._ended.wait_for(lambda: self._threads is None)
+
+    def _begin(self) -> bool:
+        """Have a thread receive; return False if this server serves already, or is closed."""
+        if self.service.is_forked:
+            raise Error("this server is another process's: make one after the fork")
+        _refuse_gevent()
+        with self._ended:
+            if self._threads is not None or self.socket.fileno() < 0:
+                return False
+            self._poller = Poller(self.socket)
+            work = Work(
+                receive=self.get_request,
+                handle=self._handle,
+                poll=self._poller.poll,
+                wake=self._poller.wake,
+                is_urgent=lambda item: is_urgent(self.interface, item[0][0]),
+                size=lambda item: len(item[0][0]),
+                stalled=self._mark_slow,
+                failed=self._record_failure,
+            )
+            self._threads = LeaderFollowers(work, self.parameters["max_threads"] - 1)
+            if self._threads.start():
+                return True
+        self._drain()
+        raise Error("no thread could be started")
+
+    def _serve(self, poll_interval: float = 0.5) -> None:
+        threads: Any = self._threads
+        self._watcher = get_ident()
+        acts = type(self).service_actions is not socketserver.BaseServer.service_actions
+
+        def act() -> float:
+            if acts:
+                self.service_actions()
+            return min(self._see_to_deadlines(), poll_interval if acts else math.inf)
+
+        try:
+            threads.watch(act, threads.is_ending)
+        finally:
+            self._drain()
+
+    def _see_to_deadlines(self) -> float:
+        """Drop late replies, and tell what the log left out; return in how many s there is more to do."""
+        now = time.monotonic()
+        return min(self.service.open_replies.drop_late(now), self.interface.log_limit.tell()) - now
+
+    def _drain(self) -> None:
+        """Let what runs finish and reply, for drain_time; drop the rest."""
+        threads: Any = self._threads
+        if self.service.is_forked:
+            return
+        deadline = time.monotonic() + self.drain_time
+
+        def is_over() -> bool:
+            return (threads.is_done() and not self.service.open_replies) or time.monotonic() >= deadline
+
+        try:
+            threads.shutdown(self.drain if self._is_over else 0)
+            threads.watch(self._see_to_deadlines, is_over)
+        finally:  # after a second Ctrl-C too
+            threads.end()
+            self.service.open_replies.drop_late(math.inf)
+            self.interface.log_limit.tell(at_once=True)
+            with self._ended:
+                self._poller.close()
+                self._threads, self._watcher = None, 0
+                if self._is_over:
+                    self.socket.close()
+                self._ended.notify_all()
+
+    def shutdown(self) -> None:
+        """End serve_forever and wait for it; in a thread of this server, or on the loop of its commands, only ask."""
+        threads = self._threads
+        if threads is not None and not self.service.is_forked:
+            threads.shutdown(self.drain if self._is_over else 0)
+            if not (threads.is_worker() or get_ident() == self._watcher or self._is_on_loop()):
+                with self._ended:
+                    self._ended.wait_for(lambda: self._threads is not threads)
+
+    def stop(self, wait: bool = True) -> None:
+        """Take no more requests, let running commands reply, remove the socket file and close.
+
+        In a thread of this server, or on the loop of its commands, it asks and returns; so it does
+        everywhere with wait=False, which takes no lock and is what a signal handler calls.
+        """
+        if self.service.is_forked:
+            return
+        self._is_over = True
+        self.remove_file()  # first: newcomers are told at once, and while the socket lives no other file has its inode
+        if self._threads is None:
+            self.service.open_replies.drop_late(math.inf)
+            self.socket.close()
+        elif wait:
+            self.shutdown()
+        else:
+            self._threads.request_shutdown(self.drain)
+
+    def server_close(self) -> None:
+        """Remove the socket file if it is still ours, and close; the same as stop()."""
+        self.stop()
+
+    def __enter__(self: _S) -> _S:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def fork(self) -> int:
         """Fork a child that has this server in its turn, as `children_count` does; call it before it serves."""
@@ -2820,58 +2797,6 @@ class ServerMixIn(socketserver.BaseServer):
             self._threads.abandon()
             self._poller.close()
         self.socket.close()
-
-    # ---- for the threads
-
-    def _wake_watcher(self) -> None:
-        if self._threads is not None:
-            self._threads.wake_watcher()
-
-    def yield_lead(self) -> None:
-        """Have another thread receive while this one waits."""
-        if self._threads is not None:
-            self._threads.yield_lead()
-
-    def _run_slow(self, function: Callable[..., object], *arguments: Any) -> bool:
-        if self._threads is not None:
-            return self._threads.run_slow(function, *arguments)
-        function(*arguments)  # the program called handle_request itself
-        return True
-
-    def _stalled(self) -> None:
-        if self.current is not None and self.current.step is not None:
-            self.current.step.slow = True
-
-    def _receive_failed(self, error: OSError) -> None:
-        if self._state == "serving":
-            self.interface.count("receive_errors")
-            if self.interface.log_limit.allows("receive_errors"):
-                _note(logging.ERROR, "nothing could be received: %a", str(error))
-            time.sleep(TICK)  # whatever it is, it may last
-
-    def _start_failed(self, error: Exception) -> None:
-        self.interface.count("thread_errors")
-        if self.interface.log_limit.allows("thread_errors"):
-            _note(logging.ERROR, "no thread could be started: %a", str(error))
-
-    # ---- one datagram
-
-    def _handle(self, item: Any) -> None:
-        try:
-            if self.verify_request(*item):
-                self.process_request(*item)
-        except BaseException:  # one request must not end the others
-            self.handle_error(*item)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Handle the request in the thread that received it."""
-        self.finish_request(request, client_address)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Count and log what the handler raised."""
-        self.interface.count("handler_errors")
-        if self.interface.log_limit.allows("handler_errors"):
-            _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
 
 
 _S = typing.TypeVar("_S", bound=ServerMixIn)
@@ -2945,15 +2870,15 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
             if self._running.get(key) is key:
                 self._running.pop(key, None)
 
-    def keep_open(self, request: Any) -> None:
-        self._running[request[3]] = PENDING
+    def keep_open(self, request: Any, is_open: bool = True) -> None:
+        if is_open:
+            self._running[request[3]] = PENDING
+        else:
+            self._running.pop(request[3], None)
 
     def _reply_to(self, handler: Handler, reply: bytes) -> None:
-        self.forget(handler.request)  # before it is sent: then the client may ask the same again
+        self._running.pop(handler.request[3], None)  # before it is sent: then the client may ask the same again
         self.outbox.send(handler, reply)
-
-    def forget(self, request: Any) -> None:
-        self._running.pop(request[3], None)
 
 
 def _reply_source(ancillary: Any) -> Any:
@@ -2991,16 +2916,15 @@ else:
 class UnixServer(ServerMixIn, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
-    _file: tuple[str, os.stat_result, int] | None = None  # path and status of the socket file, and the PID that made it
+    _outbox_class = UnixOutbox
+    _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
+    _remover: Any = None  # of that file, once: the next one may have the same inode
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
             raise _wrong("socket_name", _udp_name(name), "/path or ./path is allowed here")
         _unix_family(name)
         return os.path.abspath(name) if len(os.fsencode(os.path.abspath(name))) <= UNIX_PATH else name
-
-    def _outbox(self, timeout: float, max_waiting: int) -> Outbox:
-        return UnixOutbox(self.interface, timeout, max_waiting, self._run_slow)
 
     @property
     def socket_name(self) -> str:
@@ -3020,8 +2944,8 @@ class UnixServer(ServerMixIn, _UnixBase):
             os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
             self.socket.bind(path)
             status = os.lstat(path)
-        self._file = os.path.abspath(path), status, os.getpid()
-        weakref.finalize(self, _remove_file, *self._file)
+        self._file = os.path.abspath(path), status
+        self._remover = weakref.finalize(self, _remove_file, *self._file, os.getpid())
         try:
             _set_owner_and_mode(path, status, values)
         except OSError as error:
@@ -3033,8 +2957,10 @@ class UnixServer(ServerMixIn, _UnixBase):
             self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
 
     def remove_file(self) -> None:
-        if self._file is not None and not self.service.is_forked:
-            _remove_file(*self._file)
+        known = self._remover.peek() if self._remover is not None else None
+        if known is not None:
+            _remove_file(*known[2])
+            self._remover.detach()  # not before, as another thread may end the process meanwhile
 
     def make_peer(self, request: Any, client_address: Any) -> Peer:
         return Peer(client_address, request[3])
@@ -3167,9 +3093,9 @@ class Client:
     def __init__(
         self, socket_name: str | os.PathLike[str], timeout: int = SOCKET_TIMEOUT, reply_dir: str | None = None
     ) -> None:
-        self.socket_name = os.fspath(socket_name) if isinstance(socket_name, os.PathLike) else socket_name
+        self._address = parse_socket_name(socket_name)
+        self.socket_name = os.fspath(socket_name)
         self.timeout = _number("timeout", timeout, 1, 2**31 - 1)
-        self._address = parse_socket_name(self.socket_name)
         self._reply_dir = reply_dir
         self._socket: socket.socket | None = None
         self._pid = 0  # of the process that made the socket
@@ -3344,6 +3270,7 @@ def activated_socket() -> socket.socket | None:
         raise ParameterError(f"LISTEN_FDS: descriptor 3 is no socket: {error.strerror}") from None
     families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
     if sock.type != socket.SOCK_DGRAM or sock.family not in families or isinstance(sock.getsockname(), bytes):
+        sock.close()
         raise ParameterError("LISTEN_FDS: only ListenDatagram= with a path or a UDP address is allowed")
     return sock
 
@@ -3407,6 +3334,8 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.pop(get_ident()))
 
     def _give_back(self) -> None:
+        if sys.implementation.name == "pypy":  # to it the thread that forked is not the main thread
+            __import__("__pypy__").thread.signals_enabled.__enter__()
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             if signal.getsignal(number) == self._ignore:
@@ -3575,6 +3504,7 @@ class Supervisor:
         """Fork the children, replace those that die, end with them; return the exit status."""
         self.supervise()
         is_told = wait_for_termination(self.signals, self.supervise)
+        self.server.remove_file()  # newcomers are told at once
         self.kill(signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + LOG_DEADLINE + 0.5)
         while any([child.pid for child in self.children]):
@@ -3658,7 +3588,7 @@ class Supervisor:
         os.read(self.lifeline, 1)
         log.error("the parent process is gone: ending")
         if isinstance(self.server, UnixServer) and self.server._file:
-            _remove_file(*self.server._file[:2], os.getpid())
+            _remove_file(*self.server._file, os.getpid())
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
         self.log_writer.flush()
@@ -3975,7 +3905,8 @@ USAGES = {
         Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.
         --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
     "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
-        Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.""",
+        Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.
+        A VALUE stands by position, NAME::VALUE by name; one with :: in it is written ::VALUE.""",
     "shell": """shell [-s NAME]... [--json] [--timeout MS]
         Run commands of a server as they are typed; `help` lists them, `exit` ends.""",
 }
@@ -3985,7 +3916,7 @@ def _open_streams() -> None:
     """Have streams where they are closed, so that no socket gets their number; escape what an encoding lacks."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))  # noqa: SIM115
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -4012,8 +3943,7 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"mi_datagram {__version__}")
     (_add_asking if command else _add_serving)(parser.add_argument)
-    what = "by position, by name, by position with :: in it" if command == "call" else argparse.SUPPRESS
-    parser.add_argument("words", nargs="*", metavar="COMMAND [VALUE | NAME::VALUE | ::VALUE]...", help=what)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     words = list(arguments)
     for index in range(words.index("--") if "--" in words else len(words)):
         words[index] = re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), words[index])
@@ -4122,7 +4052,11 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, S
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
     with _holding_signals():  # until there is somebody to remove the file
         server = interface.server(name, authorize=authorize, listening=listening, **parameters)
-        signals = Signals()
+        try:
+            signals = Signals()
+        except OSError:  # there is no descriptor left
+            server.stop()
+            raise
     if is_default:
         print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
     print_error(f"listening on {server.socket_name}")
