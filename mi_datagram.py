@@ -57,7 +57,7 @@ import time
 import traceback
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -252,11 +252,9 @@ class Node:
     children: Any = dataclasses.field(default_factory=list)
 
     def data(self) -> Any:
-        """Return the node as JSON data.
+        """Return the node as JSON data: its content, as the one member of an object where it has a name.
 
-        Its content is the value alone, or the attributes alone, or the children alone, or an
-        object of `value`, `attributes` and `children` where there are several; a node with a
-        name is an object with that one member.
+        That is the value, the attributes or the children; of several an object of those members.
         """
         parts = {"value": self.value, "attributes": dict(self.attributes), "children": self.children}
         parts = {key: part for key, part in parts.items() if part or (key == "value" and part is not None)}
@@ -343,9 +341,8 @@ def _udp_name(address: Any) -> str:
 #   arg_value         = not-quoted_string | '"' string '"'
 #   not-quoted_string = string - {',",\n,\r}
 #
-# As the original reads it: white space around names and values is dropped, blank
-# lines mean nothing, the last '\n' may be missing, ' is a character like others,
-# and in a quoted value \" stands for ", every other byte for itself.
+# As the original reads it: white space around names and values is dropped, blank lines mean nothing, the last
+# '\n' may be missing, ' is a character like others, and in a quoted value \" stands for ", other bytes for themselves.
 
 
 def parse_request(data: bytes) -> Request:
@@ -369,33 +366,27 @@ _ARGUMENT = re.compile(r'([^"\n]*)(?:("[^"]*(?:(?<=\\)"[^"]*)*)("?)([^\n]*))?(?:
 def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
     """Read the (name, value) pairs behind the first line of COMMAND."""
     arguments = []
-    piece = ("", "", "", "")
     pieces = _ARGUMENT.findall(text) if '"' in text else [(line, "", "", "") for line in text.split("\n")]
-    try:
-        for piece in pieces:
-            before, quoted, closing, behind = piece
-            name, value = "", before
-            if "::" in before:
-                name, _, value = before.partition("::")
-                name = name.strip(WHITE)
-            value = value.strip(WHITE)
+    for piece in pieces:
+        before, quoted, closing, behind = piece
+        name, value = "", before
+        if "::" in before:
+            name, _, value = before.partition("::")
+            name = name.strip(WHITE)
+        value = value.strip(WHITE)
+        if not quoted and (name or value):
+            arguments.append((name, value))
+        elif closing and not value and not behind.strip(WHITE):
+            arguments.append((name, quoted[1:].replace('\\"', '"')))
+        elif quoted or "::" in before:
+            reason, right = "neither name nor value", ""
             if quoted:
-                if value:
-                    raise RequestError("quote inside a value", len(before))
-                if not closing:
-                    raise RequestError("quote not closed", len(before))
-                if behind.strip(WHITE):
-                    raise RequestError("text behind a closing quote", len(before + quoted) + 1)
-                arguments.append((name, quoted[1:].replace('\\"', '"')))
-            elif name or value:
-                arguments.append((name, value))
-            elif before.strip(WHITE):
-                raise RequestError("neither name nor value", 0)
-    except RequestError as error:
-        # An equal piece before this one would have failed first, so index() finds this one.
-        before = [*map("".join, pieces[: pieces.index(piece)]), "".join(piece)[: error.position]]
-        position = len("\n".join([f":{command}:", *before]).encode("utf-8", "surrogateescape"))
-        raise RequestError(error.reason, position) from None
+                reason, right = "quote inside a value" if value else "quote not closed", before
+            if closing and not value:
+                reason, right = "text behind a closing quote", before + quoted + closing
+            # An equal piece before this one would have failed first, so index() finds this one.
+            read = "\n".join([f":{command}:", *map("".join, pieces[: pieces.index(piece)]), right])
+            raise RequestError(reason, len(read.encode("utf-8", "surrogateescape")))
     return arguments
 
 
@@ -410,14 +401,14 @@ def format_request(command: str, /, *values: object, **named: object) -> bytes:
 def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> bytes:
     if not command or ":" in command or "\n" in command:
         raise RequestError(f"command {command!a} cannot be written")
-    lines = [f":{command}:\n", *[_format_argument(name, _text(value)) for name, value in arguments]]
-    _check_text(command)
-    return "".join(lines).encode("utf-8", "surrogateescape")
+    pairs = [(name, _text(value)) for name, value in arguments]
+    for text in (command, *itertools.chain(*pairs)):
+        if not _has_bytes(text):
+            raise RequestError(f"{text!a} has surrogates that do not come back")
+    return "".join([f":{command}:\n", *itertools.starmap(_format_argument, pairs)]).encode("utf-8", "surrogateescape")
 
 
 def _format_argument(name: str, value: str) -> str:
-    _check_text(name)
-    _check_text(value)
     if name != name.strip(WHITE) or name.endswith(":") or any([mark in name for mark in ("::", '"', "\n")]):
         raise RequestError(f"name {name!a} cannot be written")
     if value and value == value.strip(WHITE) and '"' not in value and "\n" not in value:
@@ -435,12 +426,13 @@ def _has_bytes(text: str) -> bool:
     return False
 
 
-def _check_text(text: str) -> None:
-    if not _has_bytes(text):
-        raise RequestError(f"{text!a} has surrogates that do not come back")
-
-
 _SCALARS = (str, int, float, bool, type(None))  # as most values are
+_BYTES = (bytes, bytearray, memoryview)
+_WRITERS: Sequence[tuple[type, Callable[[Any], str]]] = (
+    (str, str.__str__),
+    (int, int.__repr__),
+    (float, float.__repr__),
+)
 
 
 def _text(value: object) -> str:
@@ -449,38 +441,29 @@ def _text(value: object) -> str:
         return ""
     if value.__class__ is bool:
         return "true" if value else "false"
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__repr__(value)
-    if isinstance(value, float):
-        return float.__repr__(value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value).decode("utf-8", "surrogateescape")
-    return str(value)
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    for kind, write in _WRITERS:
+        if isinstance(value, kind):
+            return write(value)
+    return bytes(value).decode("utf-8", "surrogateescape") if isinstance(value, _BYTES) else str(value)
 
 
 @functools.lru_cache(maxsize=64)
 def _container(kind: type) -> Callable[[Any], Any] | None:
     """Return what makes a dict or a list of an object of class KIND; None where it is a scalar or a Node."""
-    if issubclass(kind, (str, bytes, bytearray, memoryview, Node)):
+    if issubclass(kind, (str, *_BYTES, Node)):
         return None
     if issubclass(kind, Mapping):
         return dict
     if dataclasses.is_dataclass(kind):
-        return _fields
+        return lambda value: {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return list if issubclass(kind, Iterable) else None
 
 
 def format_reply(reply: Any = None, indent: str = "\t") -> bytes:
     """Write what a command returned as a reply of the line dialect.
 
-    None is `200 OK` alone, a mapping or a dataclass named nodes, any other iterable unnamed ones,
-    and everything else one value; a Reply brings its own code and reason. INDENT is one level of the tree.
+    None is `200 OK` alone, a mapping or a dataclass named nodes, any other iterable unnamed ones, and everything
+    else one value; a Reply brings its own code and reason. INDENT is one level of the tree.
     """
     lines = ["200 OK\n"]
     if isinstance(reply, Reply):
@@ -523,8 +506,8 @@ def _format_nodes(data: Any, depth: str, indent: str, lines: list[str]) -> None:
 def parse_reply(data: bytes) -> Reply:
     """Read a reply of the line dialect: code, reason, and a tree of Node with children.
 
-    Any indent is read, and a closing blank line (OpenSIPS sends one) is dropped; attributes stay
-    part of the value, as nothing in the text tells them apart. Raises RequestError for no reply.
+    Any indent is read, and a closing blank line (OpenSIPS sends one) is dropped; attributes stay part of the value, as
+    nothing in the text tells them apart. Raises RequestError for no reply.
     """
     text = data.decode("utf-8", "surrogateescape")
     first, *lines = text.removesuffix("\n").removesuffix("\n").split("\n")  # the second is a closing blank line's
@@ -566,11 +549,22 @@ def _check_nesting(data: bytes) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Convert what json does not know by itself, as the line dialect does."""
+    """Convert what json does not know by itself, as the line dialect does; refuse what can be read only once."""
+    if isinstance(value, Iterator):
+        raise TypeError("an iterator")
     if isinstance(value, Node):
         return value.data()
     convert = _container(value.__class__)
     return convert(value) if convert else _text(value)
+
+
+def _spell_out(value: Any) -> Any:
+    """Convert all that json does not know: iterators, and the names of a mapping, too."""
+    if not isinstance(value, (dict, list, tuple, *_SCALARS)):
+        return _spell_out(list(value) if isinstance(value, Iterator) else _plain(value))
+    if isinstance(value, dict):
+        return {name if isinstance(name, _SCALARS) else _text(name): _spell_out(one) for name, one in value.items()}
+    return [_spell_out(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 _decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
@@ -594,7 +588,15 @@ def _json_encoder(indent: str | None) -> Callable[[Any], str]:
     """Return the encoder for compact replies (None) or for indented ones; JSON is indented by white space alone."""
     indent = "\t" if indent and indent.strip(" \t") else indent
     separators = (",", ":") if indent is None else (",", ": ")
-    return json.JSONEncoder(allow_nan=False, default=_plain, indent=indent, separators=separators).encode
+    encode = json.JSONEncoder(allow_nan=False, default=_plain, indent=indent, separators=separators).encode
+
+    def write(value: Any) -> str:
+        try:
+            return encode(value)
+        except TypeError:
+            return encode(_spell_out(value))
+
+    return write
 
 
 def _json_id(call: Any) -> Any:
@@ -636,17 +638,14 @@ def _json_member(outcome: Any) -> tuple[str, Any]:
 
 # ----------------------------------------------------------------- commands ----
 
-# What the annotations of a command's parameters make of a value. The clients of JSON-RPC know no
-# types: one sends every parameter as a string, another every digit as a number.
-
+# The clients of JSON-RPC know no types: one sends every parameter as a string, another every digit as a number.
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def _convert(kind: Any, optional: bool, value: Any) -> Any:
     """Convert a text or JSON data to int, float, bool or str, or raise LookupError, ValueError or OverflowError.
 
-    A number without a fraction is an int, 0 and 1 are truth values, and a number has a text. None,
-    and "" for anything but str, are for Optional alone.
+    A number without a fraction is an int, 0 and 1 are truth values; None, and "" but for str, are for Optional alone.
     """
     if value.__class__ is str:
         if kind is str:
@@ -1365,12 +1364,11 @@ Authorize = Callable[[Peer, str], bool]
 class Interface:
     """The commands and statistics of a program, and how a datagram is answered with them.
 
-    `name` and `version` are what the command `version` tells. `core` names the core commands to
-    have: by default all but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level
-    the last two show and set, by default the root logger. `async def` commands run on `loop`.
+    `name` and `version` are what the command `version` tells. `core` names the core commands to have: by default all
+    but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level the last two show and set, by default
+    the root logger. `async def` commands run on `loop`. One Interface may feed several servers.
 
-    Commands run on the servers' threads, several at once, even the same one: they guard what
-    they share. One Interface may feed several servers.
+    Commands run on the servers' threads, several at once, even the same one: they guard what they share.
     """
 
     def __init__(
@@ -1411,7 +1409,6 @@ class Interface:
         read_only: bool = False,
         replace: bool = False,
     ) -> _F: ...
-
     @typing.overload
     def command(
         self, *, name: str | None = None, pass_request: bool = False, read_only: bool = False, replace: bool = False
@@ -1428,10 +1425,9 @@ class Interface:
     ) -> Any:
         """Register a function as a command; used as `@mi.command`, `@mi.command(…)` or a call.
 
-        `name` is another name than the function's, `group:name` for a command of a group;
-        `pass_request` gives it the Request as first argument; `read_only` says that it changes
-        nothing, so it is not audited; `replace` lets it take the place of a command of that name,
-        which is a ParameterError otherwise.
+        `name` is another name than the function's, `group:name` for a command of a group; `pass_request` gives it the
+        Request as first argument; `read_only` says that it changes nothing, so it is not audited; `replace` lets it
+        take the place of a command of that name, which is a ParameterError otherwise.
         """
         if function is None:
             options = {"name": name, "pass_request": pass_request, "read_only": read_only, "replace": replace}
@@ -1503,11 +1499,10 @@ class Interface:
 
     def include(self, other: Interface) -> None:
         """Take over the commands and statistics of OTHER that are not the core's."""
-        for command in other.commands.values():
-            if not command.core:
-                if command.name in self.commands and not self.commands[command.name].core:
-                    raise ParameterError(f"command name {command.name!a}: two of the interfaces have one")
-                self._put(command)
+        for command in [one for one in other.commands.values() if not one.core]:
+            if command.name in self.commands and not self.commands[command.name].core:
+                raise ParameterError(f"command name {command.name!a}: two of the interfaces have one")
+            self._put(command)
         for name, function in other.statistics.items():
             if not name.startswith("mi_datagram:"):
                 self.statistic(name, function)
@@ -1526,12 +1521,14 @@ class Interface:
             for alias in (opensips, opensips.partition(":")[2]):
                 self._core_names.setdefault(alias, {})[opensips] = command
             for alias, (method, form) in kamailio.items():
-                self._core_names[alias] = {alias: self._core_command(name, _in_form(getattr(core, method), form))}
+                command = self._core_command(name, getattr(core, method))
+                command.function = functools.partial(_in_form, form, command.function)
+                self._core_names[alias] = {alias: command}
 
     def _core_command(self, name: str, function: Callable[..., Any]) -> Command:
         """Make a core command of a FUNCTION, which gets the Request if it has a parameter of that name."""
-        plain: Any = inspect.unwrap(function)
-        return Command(name, function, "request" in plain.__code__.co_varnames, name not in CORE_CHANGING, core=True)
+        pass_request = "request" in inspect.signature(function).parameters
+        return Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
 
     def server(self, socket_name: str | os.PathLike[str], **options: Unpack[_ServerOptions]) -> UnixServer | UDPServer:
         """Make a server of these commands: a UnixServer or a UDPServer; help() of these lists the PARAMETERS."""
@@ -1560,9 +1557,7 @@ class Interface:
         self.statistics["mi_datagram:threads"] = lambda: sum(
             [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
         )
-        self.count_request = self.counter(
-            "mi_datagram:requests"
-        ).add_one  # these two in every request, so looked up here
+        self.count_request = self.counter("mi_datagram:requests").add_one  # each request needs these two
         self.count_reply = self.counter("mi_datagram:replies").add_one
 
     def count(self, name: str) -> None:
@@ -1572,10 +1567,9 @@ class Interface:
 
 # ------------------------------------------------------------ core commands ----
 
-# The core commands in four worlds: the name in Kamailio up to 4.4 and in OpenSIPS up to 3, which is ours in both
-# dialects; the name in OpenSIPS 4; the names in Kamailio 5, each with the method of _Core that answers and what makes
-# Kamailio's form of that. The last two are for JSON-RPC alone. Behind each its form in the line dialect | in JSON, if
-# that is another than the same data.
+# The core commands: the name in Kamailio up to 4.4 and in OpenSIPS up to 3, which is ours in both dialects; for JSON
+# alone the name in OpenSIPS 4 and those in Kamailio 5, each with the method of _Core that answers and what makes
+# Kamailio's form of that. Behind each its form in the line dialect | in JSON, if that is another than the same data.
 CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
     "arg": ("core:arg", {"core.arg": ("arg", list)}),  # an argument a line
     "clear_statistics": ("statistics:clear", {}),  # group:name:: 1
@@ -1591,7 +1585,7 @@ CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
     "list_statistics": ("statistics:list", {}),  # group:name:: incremental, or non-incremental
     "log_level": ("core:log_level", {}),  # Log level:: 1, or New global log level:: 1
     "ps": ("core:ps", {  # Process::  ID=0 PID=7 Type=main | {"Processes": [{"ID": 0, "PID": 7, "Type": "main"}]}
-        "core.psx": ("processes", lambda rows: [{"IDX": p["ID"], "PID": p["PID"], "DSC": p["Type"]} for p in rows]),
+        "core.psx": ("ps", lambda one: [{"IDX": p["ID"], "PID": p["PID"], "DSC": p["Type"]} for p in one["Processes"]]),
     }),
     "pwd": ("core:pwd", {"core.pwd": ("pwd", lambda one: [one["WD"]])}),  # WD:: /path
     "reset_all_statistics": ("statistics:reset_all", {}),  # nothing
@@ -1611,14 +1605,8 @@ DEBUG_LEVELS = {3: 10, 2: 20, 1: 25, 0: 30, -1: 40, -2: 50, -3: 51, -4: 52, -5: 
 LOG_LEVELS = {4: 10, 3: 20, 2: 25, 1: 30, 0: 35, -1: 40, -2: 50, -3: 51}
 
 
-def _in_form(method: Callable[..., Any], form: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Make a function like METHOD that answers in another form."""
-
-    @functools.wraps(method)
-    def answer(*values: Any, **named: Any) -> Any:
-        return form(method(*values, **named))
-
-    return answer
+def _in_form(form: Callable[[Any], Any], method: Callable[..., Any], /, *values: Any, **named: Any) -> Any:
+    return form(method(*values, **named))
 
 
 class _Core:
@@ -1644,14 +1632,10 @@ class _Core:
         """List the arguments that the program was started with."""
         return list(sys.argv)
 
-    def processes(self) -> Any:
-        """List the processes of the program, those that run."""
-        processes = enumerate(self._interface.processes())
-        return [{"ID": number, "PID": pid, "Type": kind} for number, (pid, kind) in processes if pid]
-
     def ps(self, request: Request) -> Any:
         """List the processes of the program."""
-        processes = self.processes()
+        found = enumerate(self._interface.processes())
+        processes = [{"ID": number, "PID": pid, "Type": kind} for number, (pid, kind) in found if pid]
         return {"Processes": processes} if request.dialect == "json" else [Node("Process", None, p) for p in processes]
 
     def kill(self) -> None:
@@ -1765,9 +1749,7 @@ class _Core:
 
     def _found(self, *names: Any) -> dict[str, Callable[[], Any]]:
         """Return the statistics that are meant, at least one; OpenSIPS's clients send the names in one list."""
-        wanted: list[Any] = []
-        for name in names:
-            wanted += name if isinstance(name, (list, tuple)) else [name]
+        wanted = [one for name in names for one in (name if isinstance(name, (list, tuple)) else [name])]
         if not wanted:
             raise _Fault("bad_parameters", "Empty array in parameter 'statistics'")
         found = self._select(wanted)
@@ -1819,24 +1801,16 @@ def allow_networks(*networks: str) -> Authorize:
         address = getattr(address, "ipv4_mapped", None) or address
         return any([address in network for network in allowed])
 
-    def authorize(peer: Peer, command: str) -> bool:
-        return isinstance(peer.address, tuple) and is_allowed(peer.address[0])
-
-    return authorize
+    return lambda peer, command: isinstance(peer.address, tuple) and is_allowed(peer.address[0])
 
 
 def allow_users(*users: str | int) -> Authorize:
-    """Make an `authorize` that lets in the peers on a UNIX socket that run as one of these USERS.
+    """Make an `authorize` that lets in the peers on a UNIX socket that run as one of these USERS, names or numbers.
 
-    Names or numbers; a peer whose user the kernel does not tell is refused. Raises ParameterError
-    for a user that does not exist.
+    A peer whose user the kernel does not tell is refused. Raises ParameterError for a user that does not exist.
     """
     allowed = frozenset([_account("allow_user", user) for user in users])
-
-    def authorize(peer: Peer, command: str) -> bool:
-        return peer.uid in allowed
-
-    return authorize
+    return lambda peer, command: peer.uid in allowed
 
 
 # --------------------------------------------------------------- parameters ----
@@ -1846,28 +1820,21 @@ def _wrong(name: str, value: object, allowed: str) -> ParameterError:
     return ParameterError(f"{name} {value!a}: {allowed}")
 
 
-def _integer(value: Any, base: int) -> int | None:
-    """Return an int, or the one that a text writes; None for anything else."""
-    try:
-        number = int(value, base) if isinstance(value, str) else value
-    except ValueError:
-        return None
-    return number if number.__class__ is int else None
-
-
-def _number(name: str, value: Any, low: int, high: int) -> int:
-    """Check a number: an int, or its decimal or 0x text."""
-    number = _integer(value, 16 if str(value)[:2].lower() == "0x" else 10)
-    if number is None or not low <= number <= high:
-        raise _wrong(name, value, f"a number from {low} to {high} is allowed")
+def _number(name: str, value: Any, low: int, high: int, octal: bool = False) -> int:
+    """Check a number: an int, or its text, which is decimal, 0x, or octal where it says so."""
+    number: int = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = int(value, 8 if octal else 16 if value[:2].lower() == "0x" else 10)
+    if number.__class__ is not int or not low <= number <= high:
+        allowed = f"an octal number from 0 to 0{high:o}" if octal else f"a number from {low} to {high}"
+        raise _wrong(name, value, f"{allowed} is allowed")
     return number
 
 
 def _mode(name: str, value: Any) -> int:
-    """Check permissions: an int, or octal text; 0 would lock everybody out and becomes 0o600."""
-    mode = _integer(value, 8)
-    if mode is None or not 0 <= mode <= 0o777:
-        raise _wrong(name, value, "an octal number from 0 to 0777 is allowed")
+    """Check permissions; 0 would lock everybody out and becomes 0o600."""
+    mode = _number(name, value, 0, 0o777, octal=True)
     if not mode:
         _note(logging.WARNING, "%s 0: taken as 0600", name)
     return mode or 0o600
@@ -1894,15 +1861,10 @@ def _account(name: str, value: Any) -> int:
         raise _wrong(name, value, "there is none of this name; a name or a number is allowed") from None
 
 
-def _owner(name: str, value: Any) -> int | None:
-    return None if value is None else _account(name, value)
-
-
 def _truth(name: str, value: Any) -> bool:
-    try:
-        return TRUTH[str(value).lower()]
-    except KeyError:
-        raise _wrong(name, value, "true or false is allowed") from None
+    if str(value).lower() not in TRUTH:
+        raise _wrong(name, value, "true or false is allowed")
+    return TRUTH[str(value).lower()]
 
 
 def _indent(name: str, value: Any) -> str:
@@ -1916,8 +1878,8 @@ def _indent(name: str, value: Any) -> str:
 PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
     "children_count": (1, _between(1, 1024), "processes that serve the socket; python -m only"),
     "unix_socket_mode": (0o660, _mode, "permissions of the socket file; text is octal"),
-    "unix_socket_user": (None, _owner, "owner of the socket file, name or number"),
-    "unix_socket_group": (None, _owner, "group of the socket file, name or number"),
+    "unix_socket_user": (None, _account, "owner of the socket file, name or number"),
+    "unix_socket_group": (None, _account, "group of the socket file, name or number"),
     "socket_timeout": (SOCKET_TIMEOUT, _between(0, 2**31 - 1), "ms that a reply may wait; 0: not at all"),
     "reply_indent": ("\t", _indent, "one level of a reply's tree"),
     "socket_buf_size": (SOCKET_BUF_SIZE, _between(64, UNIX_PAYLOAD), "longest request and longest reply, bytes"),
@@ -1957,17 +1919,20 @@ def _meaning(parameter: str) -> str:
 
 def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return all parameters checked, those not given at their defaults; raise ParameterError for a wrong one."""
-    for name in parameters:
+    checked = {name: default for name, (default, _, _) in PARAMETERS.items()}
+    for name, value in parameters.items():
         if name not in PARAMETERS:
             raise ParameterError(f"parameter {name!a}: allowed are socket_name, {', '.join(PARAMETERS)}")
-    return {name: check(name, parameters.get(name, default)) for name, (default, check, _) in PARAMETERS.items()}
+        if value is not checked[name]:
+            checked[name] = PARAMETERS[name][1](name, value)
+    return checked
 
 
 def parse_socket_name(name: str | os.PathLike[str]) -> str | tuple[str, int]:
     """Tell a UNIX socket's path from the (host, port) of `udp:HOST:PORT`; raise ParameterError for others."""
     given = name
     if isinstance(name, os.PathLike):  # which is a path, though it keeps no ./
-        name = os.path.join(".", os.fspath(name)) if isinstance(os.fspath(name), str) else ""
+        name = os.path.join(".", os.fsdecode(name))
     if not isinstance(name, str):
         raise _wrong("socket_name", name, "a text is allowed")
     if name[:4].lower() == "udp:":

@@ -66,10 +66,12 @@ import datetime
 import enum
 import errno
 import fcntl
+import functools
 import grp
 import itertools
 import json
 import logging
+import math
 import pwd
 import random
 import re
@@ -99,7 +101,7 @@ MODULE = HERE / "mi_datagram.py"
 DEADLINE = 20  # s after which what a test waits for counts as not happening
 MI = (sys.executable, "-m", "mi_datagram")
 os.environ["PYTHONPATH"] = str(HERE)  # of each Python that is started here
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background would have it ignored, here and below
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, here and below
 
 # ------------------------------------------------------------------ helpers ----
 
@@ -397,6 +399,9 @@ TREES = [  # what a command returns, or a function that makes it; its reply belo
     *[(type("Odd", (kind,), {"__str__": lambda self: "odd"})(value), f"{value}\n", value)
       for kind, value in ((int, 1), (float, 0.5), (str, "a"))],
     ([bytearray(b"a"), memoryview(b"b")], "a\nb\n", ["a", "b"]),
+    (lambda: {"a": (n for n in (1, 2)), Color.RED: {4}, (1, 2): [{b"k": Node(None, iter([3]), {"a": 4})}]},
+     "a:: \n\t1\n\t2\nColor.RED:: \n\t4\n(1, 2):: \n\t\n\t\tk::  a=4\n\t\t\t3\n",
+     {"a": [1, 2], "Color.RED": [4], "(1, 2)": [{"k": {"value": [3], "attributes": {"a": 4}}}]}),
 ]  # fmt: skip
 NOT_FOUND, FAILED = error(-32601, "Method not found"), ("500 command failed\n", error(-32000, "Server error"))
 FAILURES = [  # what a command returns or raises, its reply, its answer in JSON
@@ -462,7 +467,7 @@ CORE_REPLIES = [  # core commands in the line dialect, and their replies as the 
     ("which:\nflush\n", "flush zone::\nflush zone:: limit::\n"), ("which:\ncache:\n", "size\n"),
     ("help:\n", r"(.*\n)*flush:: Drop the entries of ZONE\.\n(.*\n)*size:: \n(.*\n)*"),
     ("help:\nsize\n", "Usage:: size\n"),
-    ("help:\nflush\n", r"Usage:: flush ZONE \[LIMIT:int\]\nHelp:: \n\tDrop the entries of ZONE\.\n\t\n\tAt most LIMIT\.\n"),
+    ("help:\nflush\n", r"Usage:: flush ZONE \[LIMIT:int\]\nHelp:: \n\tDrop the entries of ZONE.\n\t\n\tAt most LIMIT.\n"),
     ("get_statistics:\nall\n", r"(\w+:\w+:: \d+\n)+"), ("threads:\n", r"(Thread:: [^\n]+\n(\t[^\n]+:\d+ [^\n]+\n)+)+"),
     ("get_statistics:\nsize\nnone\nhits\n", "cache:size:: 7\ncache:hits:: 3\nother:hits:: 1\n"),
     ("clear_statistics:\ncache:hits\n", "cache:hits:: 3\n"), ("reset_statistics:\nother:\n", ""),
@@ -491,7 +496,7 @@ SHAPES = [  # names of a command, its params, the answer, of texts a pattern, as
     ("help", {"mi_cmd": "statistics:get"}, {"Help": ".+", "Exported by": "statistics", "Usage": "get_statistics .+"}),
     ("help", {"command": "size"}, {"Help": "", "Exported by": "cache", "Usage": "cache:size"}),
     ("which", ["none:"], GONE),
-    ("help", ["flush"], {"Help": "D(.*\n)+At most LIMIT.", "Exported by": "probe", "Usage": r"flush ZONE \[LIMIT:int\]"}),
+    ("help", ["flush"], {"Help": "D(.*\n)+At most L.+", "Exported by": "probe", "Usage": r"flush ZONE \[LIMIT:int\]"}),
     *[("get_statistics statistics:get", params, BOTH)
      for params in ({"statistics": ["size", "other:"]}, [["size", "other:"]], ["size", "other:"])],
     ("get_statistics", {"statistics": []}, error(*BAD_PARAMS, "Empty array in parameter 'statistics'")),
@@ -564,10 +569,9 @@ def test_import(code):
 
 def test_the_protocol_knows_no_sockets():
     """Nothing above the section of sending names `socket` or `socketserver`, turn-taking included."""
-    tree = ast.parse(MODULE.read_text("utf-8"))
-    (sending,) = [node.lineno for node in tree.body if getattr(node, "name", "") == "_timeval"]
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.lineno < sending - 20}
-    assert "LeaderFollowers" in {node.name for node in tree.body if getattr(node, "lineno", 0) < sending and isinstance(node, ast.ClassDef)} and not {"socket", "socketserver"} & names
+    above, _, _ = MODULE.read_text("utf-8").partition(" sending ----")
+    names = {node.id for node in ast.walk(ast.parse(above)) if isinstance(node, ast.Name)}
+    assert "\nclass LeaderFollowers:" in above and not {"socket", "socketserver"} & names
 
 
 # ------------------------------------------------------------------ the line dialect ----
@@ -578,25 +582,18 @@ def test_requests_are_read_as_recorded_and_as_the_grammar_says():
     mi, rng = interface(), random.Random(3)
     replies = {b":echo:\n" + sent: PARSE_ERROR if shown is None else b"200 OK\n" + shown for sent, shown in RECORDED}
     assert replies == {request: reference_reader(request) for request in replies}
+    assert not any([mi.answer(reply) for reply in replies.values()])  # as they are somebody's answer
     pieces = (b"a", b":", b"::", b'"', b'\\"', b" ", b"\n", b"\r")
     bodies = [b"".join(body) for count in range(5) for body in itertools.product(pieces, repeat=count)]
     bodies += [b"".join(rng.choices(pieces, k=rng.randrange(5, 14))) for _ in range(10_000)]
     places = (b"?", b"a?b", b"?ab", b"ab?", b"n::a?b", b"?n::v", b'"?"', b'n::"?" ', b'"a"?')
     bodies += [place.replace(b"?", bytes([byte])) for byte in range(256) for place in places]
     heads = [b"".join(head) for head in itertools.product((b":", b"echo", b"\n", b" ", b"\r", b"\0", b"x"), repeat=5)]
-    heads += [b":ECHO:\n", b"::echo:\n", ":échø:\n".encode(), b":\xe9cho:\n", b"\xef\xbb\xbf:echo:\n", b":" + b"x" * 999]
+    heads += [b":ECHO:\n", b"::echo:\n", ":échø:\n".encode(), b":\xe9cho:\n", b"\xef\xbb\xbf:echo:\n", b":" + b"x" * 99]
     for request in [*heads, *[b":echo:\n" + body for body in bodies]]:
         replies[request] = reference_reader(request)
     answers = [(request, reply, mi.answer(request)) for request, reply in replies.items()]
     assert not [answer for answer in answers if answer[1] != answer[2]]
-
-
-def test_recorded_requests_are_answered_over_a_socket(name):
-    """Each gets its reply from the address that it went to, and no reply is answered."""
-    with serving(interface(), name) as server, client_socket(server, connect=True) as sock:
-        for sent, _ in RECORDED:
-            reply = ask(server, b":echo:\n" + sent, sock)
-            assert reply == reference_reader(b":echo:\n" + sent) and server.interface.answer(reply) is None
 
 
 def test_errors_say_what_is_wrong_and_where(caplog):
@@ -823,8 +820,9 @@ def test_annotations_of_odd_parameters():
     exec("def take(a: 'Kind'): got.append(a)", names)
     mi = interface(core=[])
     mi.command(names["take"])
+    mi.command(functools.partial(names["take"]), name="part")
     names["Kind"], names["take"].__annotations__["a"] = bool, "bool"
-    assert (mi.answer(b":take:\n5\n"), names["got"]) == (b"200 OK\n", [5])
+    assert mi.answer(b":take:\n5\n") == mi.answer(b":part:\n5\n") == b"200 OK\n" and names["got"] == [5, 5]
     mi, calls = taker("a: str = 'd', /, *b: int, k: int = 0, **c: bool")
     for arguments in ("k::1\nk::2", "v\nx", "x::7", "v\na::7"):
         assert mi.answer(f":take:\n{arguments}\n".encode())[:3] == b"400"
@@ -889,7 +887,8 @@ def test_groups_of_commands():
     assert rpc(mi, "statistics:list") == NOT_FOUND and rpc(mi, "list") == "a:list"  # the core's is replaced
     mi.add_core(["which"])
     here = ["core.psx", "flush", "help", "list", "list_statistics", "ps", "which"]
-    assert rpc(mi, "which") == sorted([*here, "a:flush", "a:list", "a:ps", "b:flush", "core:help", "core:ps", "core:which"])
+    groups = ["a:flush", "a:list", "a:ps", "b:flush", "core:help", "core:ps", "core:which"]
+    assert rpc(mi, "which") == sorted([*here, *groups])
     assert mi.answer(b":which:\n").decode().split("\n")[1:-1] == here
 
 
@@ -1232,11 +1231,11 @@ def test_statistics_are_counted_and_reset(probe):
     assert {"cache:hits": 3, "cache:size": 7}.items() <= everything.items() and everything["mi_datagram:requests"] == 1
     probe.counter("cache:hits").add(2)
     assert probe.counter("cache:hits") is probe.counter("cache:hits")
-    stack = {"size": [9, 8], "full": [False, True], "none": [None, ""], "nan": [float("nan"), float("inf")], "fails": []}
+    stack = {"size": [9, 8], "full": [False, True], "none": [None, ""], "nan": [math.nan, math.inf], "fails": []}
     for name, values in stack.items():
         probe.statistic(f"stack:{name}", iter(values).__next__)
-    for size, full in ((9, 0), (8, 1)):
-        assert probe.answer(b":get_statistics:\nstack:\n") == b"200 OK\nstack:size:: %d\nstack:full:: %d\n" % (size, full)
+    for values in ((9, 0), (8, 1)):
+        assert probe.answer(b":get_statistics:\nstack:\n") == b"200 OK\nstack:size:: %d\nstack:full:: %d\n" % values
     assert probe.answer(b":get_statistics:\nstack:\n") == b"200 OK\n" and rpc(probe, "stats.fetch", ["stack:"]) == {}
     for wrong in ("cache:size", "nogroup", ":x", "x:"):
         with pytest.raises(ValueError, match="statistic name"):
@@ -1296,7 +1295,7 @@ def test_ready_made_rules(folder):
 
 
 def test_names_of_sockets_and_looks_of_replies(folder):
-    """A path may be a PathLike, a link-local address keeps its scope, an indent is any text; all parameters are typed."""
+    """A path may be a PathLike, a link-local address keeps its scope, an indent is any text; parameters are typed."""
     paths = [mi_datagram.parse_socket_name(Path(path)) for path in ("s", "/a/s", "udp:h:5")]
     assert paths == ["./s", "/a/s", "./udp:h:5"]
     assert mi_datagram.parse_socket_name("udp:[fe80::1%lo]:5") == ("fe80::1%lo", 5)
