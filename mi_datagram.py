@@ -3205,15 +3205,19 @@ class Client:
 
     def _open(self) -> socket.socket:
         """Return the socket of this process: connected over UDP, otherwise with a name to reply to."""
-        if self._socket is None or self._pid != os.getpid():
-            self.close()
-            name, self._pid = self._address, os.getpid()
-            family, address = (_unix_family(name), None) if isinstance(name, str) else _udp_address(name)
+        if self._socket is not None and self._pid == os.getpid():
+            return self._socket
+        self.close()
+        self._pid = os.getpid()
+        if isinstance(self._address, str):
+            self._socket = socket.socket(_unix_family(self._address), socket.SOCK_DGRAM)
+            if SO_PASSCRED:
+                self._socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+            self._bind(self._socket)
+        else:
+            family, address = _udp_address(self._address)
             self._socket = socket.socket(family, socket.SOCK_DGRAM)
-            if address:
-                self._socket.connect(address)
-            else:
-                self._bind(self._socket)
+            self._socket.connect(address)
         return self._socket
 
     def _send(self, sock: socket.socket, request: bytes) -> Callable[[], bytes]:
@@ -3231,8 +3235,6 @@ class Client:
         return lambda: sock.recv(UNIX_PAYLOAD)
 
     def _bind(self, sock: socket.socket) -> None:
-        if SO_PASSCRED:
-            sock.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
         if sys.platform == "linux" and self._reply_dir is None:
             sock.bind(f"\0mi_datagram.{self._pid}.{os.urandom(8).hex()}")
             return
@@ -3704,12 +3706,23 @@ def _clients(options: argparse.Namespace) -> list[Client]:
 
 
 def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
-    """Run a command as typed, print what comes, return the worst exit status."""
+    """Run a command as typed on all servers, print replies and errors, return the worst exit status."""
     for word in words[1:] if sys.stderr.isatty() else ():
         if re.match(r"\w+=", word) and "::" not in word:
             print_error(f"{word} is sent as a value by position; by name it is {word.replace('=', '::', 1)}")
     answers = _ask_all(options, words, as_json)
-    _print_answers(answers, as_json)
+    is_one = len(answers) == 1
+    data = {name: answer.data for name, answer in answers.items() if not answer.status}
+    if data and as_json:
+        print(_json_text(data.popitem()[1] if is_one else data, indent=4))
+    elif data:
+        nothing = "OK" if sys.stdout.isatty() else None
+        trees = {name: reply.nodes or nothing for name, reply in data.items()}
+        print(end=escape_control_characters(_tree(trees.popitem()[1] if is_one else trees)))
+    sys.stdout.flush()
+    for name, answer in answers.items():
+        for line in answer.errors:
+            print_error(line, "mi_datagram: " if answer.status > 1 else "" if is_one else f"{name}: ")
     return max([answer.status for answer in answers.values()])
 
 
@@ -3735,26 +3748,23 @@ def _ask_all(options: argparse.Namespace, words: list[str], as_json: bool) -> di
 
 def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
     """Run a command as typed on one server."""
-    parts = [word.partition("::") for word in words[1:]]
-    arguments = [(name, value) if separator else ("", name) for name, separator, value in parts]
-    try:
+    arguments: list[tuple[str, Any]] = []
+    for word in words[1:]:
+        name, separator, value = word.partition("::")
+        arguments.append((name, value) if separator else ("", word))
         if as_json:
-            values = [_json_value(text) for name, text in arguments if not name]
-            named = {name: _json_value(text) for name, text in arguments if name}
-            return _Answer(0, client.call_json(words[0], *values, **named))
-        return _Answer(0, client._call(_format_request(words[0], arguments)))
+            with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is a string
+                arguments[-1] = (arguments[-1][0], json.loads(arguments[-1][1]))
+    try:
+        if not as_json:
+            return _Answer(0, client._call(_format_request(words[0], arguments)))
+        values = [value for name, value in arguments if not name]
+        return _Answer(0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}))
     except CommandError as error:
         data = "" if error.data is None else f": {_json_text(error.data)}"
         return _Answer(1, None, [f"{error.code} {error.reason}{data}", *_hints(client, words[0], error, as_json)])
     except Error as error:
         return _Answer(2 if isinstance(error, RequestError) else 3, None, [str(error)])
-
-
-def _json_value(text: str) -> Any:
-    """Take TEXT that is JSON for what it says, any other for a string."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return text
 
 
 def _hints(client: Client, command: str, error: CommandError, as_json: bool) -> list[str]:
@@ -3779,22 +3789,6 @@ def _names(which: _Answer, pattern: str) -> list[str]:
 
 def _tree(data: Any) -> str:
     return format_reply(data).partition(b"\n")[2].decode("utf-8", "replace")
-
-
-def _print_answers(answers: dict[str, _Answer], as_json: bool) -> None:
-    """Print replies, those of several servers each under its name, and errors to stderr."""
-    is_one = len(answers) == 1
-    data = {name: answer.data for name, answer in answers.items() if not answer.status}
-    if data and as_json:
-        print(_json_text(data.popitem()[1] if is_one else data, indent=4))
-    elif data:
-        nothing = "OK" if sys.stdout.isatty() else None
-        trees = {name: reply.nodes or nothing for name, reply in data.items()}
-        print(end=escape_control_characters(_tree(trees.popitem()[1] if is_one else trees)))
-    sys.stdout.flush()
-    for name, answer in answers.items():
-        for line in answer.errors:
-            print_error(line, "mi_datagram: " if answer.status > 1 else "" if is_one else f"{name}: ")
 
 
 def _json_text(data: Any, indent: int | None = None) -> str:
@@ -3866,13 +3860,14 @@ class _Shell:
 
     def interpret(self, words: list[str]) -> tuple[list[str], bool]:
         """Return the command that WORDS call, and whether in JSON."""
-        as_json = self.options.json or words[:1] == ["json"]
-        words = words[1:] if words[:1] == ["json"] else words
+        as_json = self.options.json
+        if words[:1] == ["json"]:
+            words, as_json = words[1:], True
         if words[:1] == ["call"]:  # also for a server's command `exit` or `json`
             return words[1:], as_json
-        if words and re.fullmatch(":[^:]+:", words[0]):
-            return [words[0][1:-1], *words[1:]], as_json
-        return (["help", *words[1:]] if words[:1] == ["?"] else words), as_json
+        return ["help" if word == "?" else re.sub("^:([^:]+):$", r"\1", word) for word in words[:1]] + words[
+            1:
+        ], as_json
 
     @contextlib.contextmanager
     def line_editing(self) -> typing.Iterator[None]:
@@ -3996,15 +3991,15 @@ def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the parameters, the last value of each; those of a file stand where --config stands."""
     found: dict[str, Any] = {}
     for name, value in settings:
-        if name == "config":
-            try:
-                with open(value, encoding="utf-8", errors="surrogateescape") as file:
-                    text = file.read()
-            except (OSError, ValueError) as error:
-                raise ParameterError(f"config {value!a}: {getattr(error, 'strerror', error)}") from None
-            found.update(read_modparams(text, value))
-        else:
+        if name != "config":
             found[name] = value
+            continue
+        try:
+            with open(value, encoding="utf-8", errors="surrogateescape") as file:
+                text = file.read()
+        except (OSError, ValueError) as error:
+            raise ParameterError(f"config {value!a}: {getattr(error, 'strerror', error)}") from None
+        found.update(read_modparams(text, value))
     return found
 
 
@@ -4029,8 +4024,7 @@ def _load(what: str) -> Interface:
         return interface
     why = f"it has no Interface called {name}"
     if type(interface).__name__ == "Interface":
-        other = sys.modules[type(interface).__module__].__file__
-        why = f"its Interface is of another copy of this file, {other}, not of {__file__}"
+        why = f"its Interface is of another copy of this file, {inspect.getfile(type(interface))}, not of {__file__}"
     raise ParameterError(f"load {what!a}: {why}")
 
 
