@@ -3221,11 +3221,8 @@ class Client:
         return self._socket
 
     def _send(self, sock: socket.socket, request: bytes) -> Callable[[], bytes]:
-        """Send a request and return what receives its reply.
-
-        It is the kernel that waits for room in the server's queue: Python's own timeout would spin.
-        """
-        sock.settimeout(None)
+        """Send a request and return what receives its reply."""
+        sock.settimeout(None)  # the kernel waits for room in the server's queue: Python's own timeout would spin
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout / 1000))
         if isinstance(self._address, str):
             receive = _unix_receiver(sock, self._address)
@@ -3694,15 +3691,11 @@ class _Answer(typing.NamedTuple):
 
 
 def _clients(options: argparse.Namespace) -> list[Client]:
-    """Make a client for each server that there is now; a pattern stands for UNIX sockets."""
+    """Make a client for each server that there is now; a pattern stands for the files that it matches."""
     import glob
-    import pathlib
 
-    names: dict[str, None] = {}
-    for pattern in options.socket_name:
-        found = [path for path in sorted(glob.glob(pattern)) if pathlib.Path(path).is_socket()]
-        names.update(dict.fromkeys([pattern] if os.path.lexists(pattern) or not found else found))
-    return [Client(name, options.timeout, options.reply_dir) for name in names]
+    names = [name for pattern in options.socket_name for name in sorted(glob.glob(pattern)) or [pattern]]
+    return [Client(name, options.timeout, options.reply_dir) for name in dict.fromkeys(names)]
 
 
 def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
@@ -3962,7 +3955,9 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
 
 def _add_asking(add: Callable[..., Any]) -> None:
     """Add the options of `call` and `shell`."""
-    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*, are all asked"
+    names = (
+        f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*.sock, are all asked"
+    )
     add("-s", "--socket_name", help=names, metavar="NAME", action="append")
     add("--timeout", help=f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
     add("--reply_dir", help="where to make the socket that replies come to", metavar="DIR")
