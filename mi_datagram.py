@@ -4002,7 +4002,7 @@ def _load(what: str) -> Interface:
     """Import a module, or run a .py file, and return its Interface."""
     import importlib.util
 
-    source, _, name = what.rpartition(":") if ":" in what else (what, "", "mi")
+    source, name = what.rsplit(":", 1) if ":" in what else (what, "mi")
     try:
         if source.endswith(".py"):
             sys.path.insert(0, os.path.dirname(os.path.abspath(source)))  # as for a script
