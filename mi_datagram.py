@@ -3955,9 +3955,7 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
 
 def _add_asking(add: Callable[..., Any]) -> None:
     """Add the options of `call` and `shell`."""
-    names = (
-        f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*.sock, are all asked"
-    )
+    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*.sock: all asked"
     add("-s", "--socket_name", help=names, metavar="NAME", action="append")
     add("--timeout", help=f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
     add("--reply_dir", help="where to make the socket that replies come to", metavar="DIR")
