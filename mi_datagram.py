@@ -3070,29 +3070,28 @@ class NoAnswer(Error, TimeoutError):
     """No reply came in time, or none that can be read."""
 
 
-class _UnixPeer:
-    """The server on a UNIX socket, told from others who send to the client's address.
+def _unix_receiver(sock: socket.socket, path: str) -> Callable[[], bytes]:
+    """Return what receives on SOCK from the server at PATH, and raises ValueError for a datagram of somebody else.
 
     OpenSIPS and the original reply from another socket, without an address, so the client is not connected.
     It takes a reply from the address that the server is bound to, or from a sender without an address
     that runs, as the kernel says, as the owner of the socket file or as root.
     """
+    owner = os.stat(path).st_uid
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        probe.connect(path)
+        address = probe.getpeername()
 
-    def __init__(self, path: str) -> None:
-        self.owner = os.stat(path).st_uid
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            probe.connect(path)
-            self.address = probe.getpeername()
-
-    def receive(self, sock: socket.socket) -> bytes:
-        """Return the next datagram; raise ValueError, which says why, for one of somebody else."""
+    def receive() -> bytes:
         reply, ancillary, _, sender = sock.recvmsg(UNIX_PAYLOAD, ANCILLARY)
         uid = Peer(sender, *[data for _, kind, data in ancillary if kind == SCM_CREDENTIALS]).uid
         # A relative address can be had by anybody, in another working directory.
-        is_server = sender == self.address and os.path.isabs(os.fsencode(sender))
-        if is_server or (uid in (self.owner, 0) and sender in (self.address, "", None)):
+        is_server = sender == address and os.path.isabs(os.fsencode(sender))
+        if is_server or (uid in (owner, 0) and sender in (address, "", None)):
             return reply
-        raise ValueError(f"its sender is {sender or 'unbound'!a} of uid {uid}, the server {self.address!a}")
+        raise ValueError(f"its sender is {sender or 'unbound'!a} of uid {uid}, the server {address!a}")
+
+    return receive
 
 
 class Client:
@@ -3101,7 +3100,7 @@ class Client:
     `timeout` is in ms. On Linux a client of a UNIX socket has an abstract name; elsewhere, and
     with `reply_dir` (for a server in another network namespace), a socket in a private folder
     made there. Not for several threads at once; a forked process gets a socket of its own.
-    Nothing is left behind.
+    Nothing is left behind. Who has a mount namespace of his own can bind the server's path there and forge a reply.
     """
 
     def __init__(
@@ -3113,7 +3112,7 @@ class Client:
         self._reply_dir = reply_dir
         self._socket: socket.socket | None = None
         self._pid = 0  # of the process that made the socket
-        self._held = contextlib.ExitStack()  # the socket, and the folder of its name
+        self._held = contextlib.ExitStack()  # the folder of its name
         self._last_id = 0
 
     def call(self, command: str, /, *values: object, **named: object) -> Reply:
@@ -3125,10 +3124,7 @@ class Client:
         return self._call(format_request(command, *values, **named))
 
     def _call(self, request: bytes) -> Reply:
-        try:
-            reply = parse_reply(self.exchange(request))
-        except RequestError as error:
-            raise NoAnswer(f"the reply of {self.socket_name} cannot be read: {error}") from None
+        reply: Reply = self.exchange(request, parse_reply)
         if not reply.ok:
             raise CommandError(reply.code, reply.reason)
         return reply
@@ -3188,51 +3184,44 @@ class Client:
 
     def _open(self) -> socket.socket:
         """Return the socket of this process: connected over UDP, otherwise with a name to reply to."""
-        if self._socket is None or self._pid != os.getpid():
-            self.close()
-            name, self._pid = self._address, os.getpid()
-            family, address = (_unix_family(name), None) if isinstance(name, str) else _udp_address(name)
-            sock = self._held.enter_context(socket.socket(family, socket.SOCK_DGRAM))
-            if address:
-                sock.connect(address)
-            else:
-                self._bind(sock)
-            self._socket = sock
+        if self._socket is not None and self._pid == os.getpid():
+            return self._socket
+        self.close()
+        self._pid = os.getpid()
+        if isinstance(self._address, str):
+            self._socket = socket.socket(_unix_family(self._address), socket.SOCK_DGRAM)
+            if SO_PASSCRED:
+                self._socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+            self._bind(self._socket)
+        else:
+            family, address = _udp_address(self._address)
+            self._socket = socket.socket(family, socket.SOCK_DGRAM)
+            self._socket.connect(address)
         return self._socket
 
     def _send(self, sock: socket.socket, request: bytes) -> Callable[[], bytes]:
-        """Send a request and return what receives its reply.
-
-        It is the kernel that waits for room in the server's queue: Python's own timeout would spin.
-        """
-        sock.settimeout(None)
+        """Send a request and return what receives its reply."""
+        sock.settimeout(None)  # the kernel waits for room in the server's queue: Python's own timeout would spin
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout / 1000))
         if isinstance(self._address, str):
-            peer = _UnixPeer(self._address)
+            receive = _unix_receiver(sock, self._address)
             sock.sendto(request, self._address)
-            return lambda: peer.receive(sock)
+            return receive
         sock.send(request)
         return lambda: sock.recv(UNIX_PAYLOAD)
 
     def _bind(self, sock: socket.socket) -> None:
-        name, pid = f"mi_datagram.{os.getpid()}.{os.urandom(8).hex()}", os.getpid()
-        if SO_PASSCRED:
-            sock.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
         if sys.platform == "linux" and self._reply_dir is None:
-            sock.bind("\0" + name)
+            sock.bind(f"\0mi_datagram.{self._pid}.{os.urandom(8).hex()}")
             return
         import tempfile
-
-        def remove() -> None:
-            """Not by rmtree, which needs a descriptor, and not in a forked process."""
-            for unlink, what in ((os.unlink, path), (os.rmdir, folder)) if pid == os.getpid() else ():
-                with contextlib.suppress(OSError):
-                    unlink(what)
 
         try:
             folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
             path = os.path.join(folder, "reply")
-            self._held.callback(remove)
+            self._held.enter_context(contextlib.suppress(OSError))  # of the two below
+            self._held.callback(os.rmdir, folder)
+            self._held.callback(os.unlink, path)
             os.chmod(folder, 0o711)  # the server may run as somebody else
             sock.bind(path)
             os.chmod(path, 0o666)  # whatever the umask
@@ -3241,8 +3230,11 @@ class Client:
 
     def close(self) -> None:
         """Close the socket and remove what it needed; the next call makes it anew."""
-        self._socket = None
-        self._held.close()
+        if self._socket is not None:
+            self._socket.close()
+        self._socket, held = None, self._held.pop_all()
+        if self._pid == os.getpid():  # what a forked process has is its parent's
+            held.close()
 
     def __enter__(self) -> Client:
         return self
@@ -3260,11 +3252,10 @@ class Client:
 
 
 def print_error(text: str, prefix: str = "mi_datagram: ") -> None:
-    """Print to stderr; where that cannot be written, there is nobody to tell."""
-    try:
-        print(f"{prefix}{escape_control_characters(text)}", file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # for what is left in its buffer
+    """Print to stderr, past its buffer; where that cannot be written, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        line = f"{prefix}{escape_control_characters(text)}\n"
+        os.write(STDERR, line.encode(sys.stderr.encoding, "backslashreplace"))
 
 
 # ------------------------------------------------------------------ systemd ----
@@ -3667,10 +3658,6 @@ def _literal(value: str, where: str) -> str | int:
 
 # ---------------------------------------------------------- call and shell ----
 
-INDENTED_LEVELS = 8  # of JSON; the indents of deep ones would be a thousand times what they indent
-HISTORY = 1000  # lines that the shell remembers
-SHELL_HELP = "`help` lists commands, `help COMMAND` explains one, `json COMMAND` shows JSON, `exit` ends; TAB completes"
-
 
 class _Answer(typing.NamedTuple):
     """What came of a command on one server: the exit status, the Reply or JSON result, lines for stderr."""
@@ -3680,76 +3667,74 @@ class _Answer(typing.NamedTuple):
     errors: Sequence[str] = ()
 
 
-class _Console:
-    """Runs commands on all servers that `call` and `shell` are told to ask, at once, and prints what comes."""
+def _clients(options: argparse.Namespace) -> list[Client]:
+    """Make a client for each server that there is now; a pattern stands for the files that it matches."""
+    import glob
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.patterns: list[str] = options.socket_name or [DEFAULT_SOCKET]
-        self.clients()  # a wrong name is told at once
+    names = [name for pattern in options.socket_name for name in sorted(glob.glob(pattern)) or [pattern]]
+    return [Client(name, options.timeout, options.reply_dir) for name in dict.fromkeys(names)]
 
-    def clients(self) -> list[Client]:
-        """Make a client for each server that there is now; a pattern stands for UNIX sockets."""
-        import glob
-        import pathlib
 
-        names: dict[str, None] = {}
-        for pattern in self.patterns:
-            found = [path for path in sorted(glob.glob(pattern)) if pathlib.Path(path).is_socket()]
-            names.update(dict.fromkeys([pattern] if os.path.lexists(pattern) or not found else found))
-        return [Client(name, self.options.timeout, self.options.reply_dir) for name in names]
+def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
+    """Run a command as typed on all servers, print replies and errors, return the worst exit status."""
+    for word in words[1:] if sys.stderr.isatty() else ():
+        if re.match(r"\w+=", word) and "::" not in word:
+            print_error(f"{word} is sent as a value by position; by name it is {word.replace('=', '::', 1)}")
+    answers = _ask_all(options, words, as_json)
+    is_one = len(answers) == 1
+    data = {name: answer.data for name, answer in answers.items() if not answer.status}
+    if data and as_json:
+        print(_json_text(data.popitem()[1] if is_one else data, indent=4))
+    elif data:
+        nothing = "OK" if sys.stdout.isatty() else None
+        trees = {name: reply.nodes or nothing for name, reply in data.items()}
+        print(end=escape_control_characters(_tree(trees.popitem()[1] if is_one else trees)))
+    sys.stdout.flush()
+    for name, answer in answers.items():
+        for line in answer.errors:
+            print_error(line, "mi_datagram: " if answer.status > 1 else "" if is_one else f"{name}: ")
+    return max([answer.status for answer in answers.values()])
 
-    def run(self, words: list[str], as_json: bool) -> int:
-        """Run a command as typed, print what comes, return the worst exit status."""
-        for word in words[1:] if sys.stderr.isatty() else ():
-            if re.match(r"\w+=", word) and "::" not in word:
-                print_error(f"{word} is sent as a value by position; by name it is {word.replace('=', '::', 1)}")
-        answers = self.ask(words, as_json)
-        _print_answers(answers, as_json)
-        return max([answer.status for answer in answers.values()])
 
-    def ask(self, words: list[str], as_json: bool) -> dict[str, _Answer]:
-        """Return the answer of each server by its name; after Ctrl-C no thread is waited for."""
-        clients = self.clients()
-        answers = {client.socket_name: _Answer(3) for client in clients}
+def _ask_all(options: argparse.Namespace, words: list[str], as_json: bool) -> dict[str, _Answer]:
+    """Ask all servers at once, return the answers by their names; after Ctrl-C no thread is waited for."""
+    clients = _clients(options)
+    answers = {client.socket_name: _Answer(3) for client in clients}
 
-        def run(client: Client) -> None:
-            answers[client.socket_name] = _ask(client, words, as_json)
+    def ask(client: Client) -> None:
+        answers[client.socket_name] = _ask(client, words, as_json)
 
-        threads = [threading.Thread(target=run, args=(client,), daemon=True) for client in clients]
-        with contextlib.ExitStack() as stack:
-            for client, thread in zip(clients, threads):
-                stack.callback(client.close)
-                thread.start()
-            for thread in threads:
-                thread.join()
-        return answers
+    threads = [threading.Thread(target=ask, args=(client,), daemon=True) for client in clients]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for client in clients:
+            client.close()
+    return answers
 
 
 def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
     """Run a command as typed on one server."""
-    arguments = []
+    arguments: list[tuple[str, Any]] = []
     for word in words[1:]:
         name, separator, value = word.partition("::")
         arguments.append((name, value) if separator else ("", word))
-    try:
         if as_json:
-            values = [_json_value(text) for name, text in arguments if not name]
-            named = {name: _json_value(text) for name, text in arguments if name}
-            return _Answer(0, client.call_json(words[0], *values, **named))
-        return _Answer(0, client._call(_format_request(words[0], arguments)))
+            with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is a string
+                arguments[-1] = (arguments[-1][0], json.loads(arguments[-1][1]))
+    try:
+        if not as_json:
+            return _Answer(0, client._call(_format_request(words[0], arguments)))
+        values = [value for name, value in arguments if not name]
+        return _Answer(0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}))
     except CommandError as error:
-        data = "" if error.data is None else f": {_json_text(error.data, indented=False)}"
+        data = "" if error.data is None else f": {_json_text(error.data)}"
         return _Answer(1, None, [f"{error.code} {error.reason}{data}", *_hints(client, words[0], error, as_json)])
     except Error as error:
         return _Answer(2 if isinstance(error, RequestError) else 3, None, [str(error)])
-
-
-def _json_value(text: str) -> Any:
-    """Take TEXT that is JSON for what it says, any other for a string."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return text
 
 
 def _hints(client: Client, command: str, error: CommandError, as_json: bool) -> list[str]:
@@ -3758,7 +3743,7 @@ def _hints(client: Client, command: str, error: CommandError, as_json: bool) -> 
 
     if command in ("help", "which"):
         return []
-    if error.code == -32601 or (error.code, error.reason) == (500, "command not available"):
+    if error.code == -32601 or error.reason == "command not available":
         names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json), ".+"))
         return [f"did you mean {' or '.join(names)}?"] if names else []
     if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
@@ -3776,50 +3761,30 @@ def _tree(data: Any) -> str:
     return format_reply(data).partition(b"\n")[2].decode("utf-8", "replace")
 
 
-def _print_answers(answers: dict[str, _Answer], as_json: bool) -> None:
-    """Print replies, those of several servers each under its name, and errors to stderr."""
-    is_one = len(answers) == 1
-    data = {name: answer.data for name, answer in answers.items() if not answer.status}
-    if data and as_json:
-        print(_json_text(data.popitem()[1] if is_one else data))
-    elif data:
-        nothing = "OK" if sys.stdout.isatty() else None
-        trees = {name: reply.nodes or nothing for name, reply in data.items()}
-        sys.stdout.write(escape_control_characters(_tree(trees.popitem()[1] if is_one else trees)))
-    sys.stdout.flush()
-    for name, answer in answers.items():
-        for line in answer.errors:
-            print_error(line, "mi_datagram: " if answer.status > 1 else "" if is_one else f"{name}: ")
-
-
-def _json_text(data: Any, indented: bool = True) -> str:
-    """Write JSON with each character as it is where it can be shown, and indented where it is not deep."""
+def _json_text(data: Any, indent: int | None = None) -> str:
+    """Write JSON with each character as it is where it can be shown."""
     is_ascii = not (sys.stdout.encoding or "").lower().startswith("utf")
-    indent = 4 if indented and _depth(data) <= INDENTED_LEVELS else None
     text = json.dumps(data, indent=indent, ensure_ascii=is_ascii)
     return "".join([c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text])
 
 
-def _depth(data: Any) -> int:
-    members = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    return 1 + max(map(_depth, members)) if members else 0
-
-
 class _Shell:
-    """Reads commands line by line, from a terminal or a pipe, and has a console run them."""
+    """Reads commands line by line, from a terminal or a pipe, and runs them on the servers that OPTIONS name."""
 
-    def __init__(self, console: _Console) -> None:
-        self.console = console
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
         is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.prompt = f"{' '.join(console.patterns)}> " if is_terminal else ""
+        self.prompt = f"{' '.join(options.socket_name)}> " if is_terminal else ""
         self.found: list[str] = []  # what TAB offers for the present text
 
     def run(self) -> int:
         """Run commands until the end, `exit` or `quit`; return the worst exit status, on a terminal 0."""
         if not self.prompt:
             return max(iter(self.step, None), default=0)
-        print(SHELL_HELP)
-        for answer in self.console.ask(["which"], self.console.options.json).values():
+        print(
+            "`help` lists commands, `help COMMAND` explains one, `json COMMAND` shows JSON, `exit` ends; TAB completes"
+        )
+        for answer in _ask_all(self.options, ["which"], self.options.json).values():
             if answer.status == 3:
                 print_error(answer.errors[0])
         with self.line_editing():
@@ -3831,12 +3796,12 @@ class _Shell:
         """Read and run one command; return its exit status, or None at the end."""
         try:
             words = self.read_words()
-            command, as_json = self.interpret(words)
             if words in (["exit"], ["quit"]):
                 return None
+            command, as_json = self.interpret(words)
             if words and not command:
                 raise ValueError(f"{words[-1]}: which command?")
-            return self.console.run(command, as_json) if command else 0
+            return _run(self.options, command, as_json) if command else 0
         except EOFError:
             print(end="\n" if self.prompt else "")
             return None
@@ -3865,13 +3830,14 @@ class _Shell:
 
     def interpret(self, words: list[str]) -> tuple[list[str], bool]:
         """Return the command that WORDS call, and whether in JSON."""
-        as_json = self.console.options.json or words[:1] == ["json"]
-        words = words[1:] if words[:1] == ["json"] else words
+        as_json = self.options.json
+        if words[:1] == ["json"]:
+            words, as_json = words[1:], True
         if words[:1] == ["call"]:  # also for a server's command `exit` or `json`
             return words[1:], as_json
-        if words and re.fullmatch(":[^:]+:", words[0]):
-            return [words[0][1:-1], *words[1:]], as_json
-        return (["help", *words[1:]] if words[:1] == ["?"] else words), as_json
+        return ["help" if word == "?" else re.sub("^:([^:]+):$", r"\1", word) for word in words[:1]] + words[
+            1:
+        ], as_json
 
     @contextlib.contextmanager
     def line_editing(self) -> typing.Iterator[None]:
@@ -3884,7 +3850,7 @@ class _Shell:
         readline.set_completer(self.complete)
         readline.set_completer_delims(" \t\n")
         readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
-        readline.set_history_length(HISTORY)
+        readline.set_history_length(1000)
         path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
         with contextlib.suppress(OSError, ValueError):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -3900,7 +3866,7 @@ class _Shell:
         if state == 0:
             words, as_json = self.interpret(readline.get_line_buffer()[: readline.get_begidx()].split())
             command = [] if words[:1] == ["help"] else words[:1]
-            answers = self.console.ask(["which", *command], as_json).values()  # the first one will do
+            answers = _ask_all(self.options, ["which", *command], as_json).values()  # the first one will do
             pattern = ".+" if not command else r"\S+" if as_json else r"(\S+)::"
             names = next((_names(answer, pattern) for answer in answers if not answer.status), [])
             self.found = [name + ("::" if command else " ") for name in names if name.startswith(text)]
@@ -3918,7 +3884,7 @@ USAGES = {
         --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
     "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
         Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.
-        A VALUE stands by position, NAME::VALUE by name; one with :: in it is written ::VALUE.""",
+        A VALUE stands by position, NAME::VALUE by name; one with :: in it is written ::VALUE. Behind -- are no options.""",
     "shell": """shell [-s NAME]... [--json] [--timeout MS]
         Run commands of a server as they are typed; `help` lists them, `exit` ends.""",
 }
@@ -3935,10 +3901,7 @@ def _open_streams() -> None:
 
 
 def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
-    """Parse the options of `call`, of `shell`, or of serving (""); --a_b and --a-b are the same option.
-
-    Serving, `settings` are (parameter, value) pairs in their order, ("config", file) among them.
-    """
+    """Parse the options of `call`, of `shell`, or of serving (""); --a_b and --a-b are the same option."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -3947,11 +3910,7 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
 
     usage, _, description = USAGES[command].partition("\n")
     parser = Parser(
-        f"mi_datagram {command}".rstrip(),
-        f"python -m mi_datagram {usage}",
-        description,
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34),
-        allow_abbrev=False,
+        f"mi_datagram {command}".rstrip(), f"python -m mi_datagram {usage}", description, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"mi_datagram {__version__}")
     (_add_asking if command else _add_serving)(parser.add_argument)
@@ -3959,21 +3918,21 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
     words = list(arguments)
     for index in range(words.index("--") if "--" in words else len(words)):
         words[index] = re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), words[index])
-    options, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        behind = "; what begins with - and is no option stands behind --" if command == "call" else ""
-        parser.error(f"{unknown[0]}: there is no such option{behind}")
+    options = parser.parse_intermixed_args(words)
     if command == "call" and not options.words:
         parser.error("which command? `call which` lists them")
     if command != "call" and options.words:
-        first, line = options.words[0], " ".join(options.words)
-        parser.error(f"{line}: " + (f"`{first}` stands first" if first in USAGES else f"did you mean `call {line}`?"))
+        line = " ".join(options.words)
+        parser.error(f"{line}: did you mean `{line if options.words[0] in USAGES else 'call ' + line}`?")
+    if command:
+        options.socket_name = options.socket_name or [DEFAULT_SOCKET]
+        _clients(options)  # a wrong name is told at once
     return options
 
 
 def _add_asking(add: Callable[..., Any]) -> None:
     """Add the options of `call` and `shell`."""
-    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*, are all asked"
+    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*.sock: all asked"
     add("-s", "--socket_name", help=names, metavar="NAME", action="append")
     add("--timeout", help=f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
     add("--reply_dir", help="where to make the socket that replies come to", metavar="DIR")
@@ -3981,44 +3940,44 @@ def _add_asking(add: Callable[..., Any]) -> None:
 
 
 def _add_serving(add: Callable[..., Any]) -> None:
-    """Add the options of serving."""
+    """Add the options of serving; `settings` are those of which the last counts, in their order."""
+    meanings = {
+        "socket_name": f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})",
+        "config": 'read the modparam("mi_datagram", ...) lines of the file VALUE',
+        **{name: _meaning(name) for name in PARAMETERS},
+    }
     many: dict[str, Any] = {"action": "append", "default": []}
-
-    def add_setting(names: str, meaning: str, metavar: str = "VALUE") -> None:
-        pair = functools.partial(lambda name, value: (name, value), names.rpartition("--")[2])
-        add(*names.split(), help=meaning, metavar=metavar, type=pair, dest="settings", **many)
-
-    add_setting("-s --socket_name", f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})", "NAME")
+    for name, meaning in meanings.items():
+        names = ["-s", "--socket_name"] if name == "socket_name" else [f"--{name}"]
+        pair = functools.partial(lambda name, value: (name, value), name)
+        add(*names, help=meaning, metavar="VALUE", type=pair, dest="settings", **many)
     add("--load", help="serve its Interface called mi, or NAME", metavar="MODULE_OR_FILE[:NAME]", **many)
-    add_setting("--config", 'read the modparam("mi_datagram", ...) lines of a file', "FILE")
     add("--allow_network", help="let in the UDP peers of a network", metavar="NETWORK", **many)
     add("--allow_user", help="let in a user on a UNIX socket", metavar="USER", **many)
     add("-v", "--verbose", help="log more; twice: everything", action="count", default=0)
-    for name in PARAMETERS:
-        add_setting(f"--{name}", _meaning(name))
 
 
 def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Give the parameters, the last value of each; those of a file stand where --config stands."""
+    """Return the parameters, the last value of each; those of a file stand where --config stands."""
     found: dict[str, Any] = {}
     for name, value in settings:
-        if name == "config":
-            try:
-                with open(value, encoding="utf-8", errors="surrogateescape") as file:
-                    text = file.read()
-            except (OSError, ValueError) as error:
-                raise ParameterError(f"config {value!a}: {getattr(error, 'strerror', error)}") from None
-            found.update(read_modparams(text, value))
-        else:
+        if name != "config":
             found[name] = value
+            continue
+        try:
+            with open(value, encoding="utf-8", errors="surrogateescape") as file:
+                text = file.read()
+        except (OSError, ValueError) as error:
+            raise ParameterError(f"config {value!a}: {getattr(error, 'strerror', error)}") from None
+        found.update(read_modparams(text, value))
     return found
 
 
 def _load(what: str) -> Interface:
-    """Import a module, or run a .py file, and give its Interface."""
+    """Import a module, or run a .py file, and return its Interface."""
     import importlib.util
 
-    source, _, name = what.rpartition(":") if ":" in what else (what, "", "mi")
+    source, name = what.rsplit(":", 1) if ":" in what else (what, "mi")
     try:
         if source.endswith(".py"):
             sys.path.insert(0, os.path.dirname(os.path.abspath(source)))  # as for a script
@@ -4035,13 +3994,12 @@ def _load(what: str) -> Interface:
         return interface
     why = f"it has no Interface called {name}"
     if type(interface).__name__ == "Interface":
-        other = sys.modules[type(interface).__module__].__file__
-        why = f"its Interface is of another copy of this file, {other}, not of {__file__}"
+        why = f"its Interface is of another copy of this file, {inspect.getfile(type(interface))}, not of {__file__}"
     raise ParameterError(f"load {what!a}: {why}")
 
 
 def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, Signals, int]:
-    """Give the server, the signals that come, and the number of children."""
+    """Return the server, the signals that come, and the number of children."""
     given = _collect(options.settings)
     listening = activated_socket()
     if listening is not None:
@@ -4101,8 +4059,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _parse(command, arguments[1:] if command else arguments)
         if command:
-            console = _Console(options)
-            return _Shell(console).run() if command == "shell" else console.run(options.words, options.json)
+            return _Shell(options).run() if command == "shell" else _run(options, options.words, options.json)
         level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
         log_writer = LogWriter()
         logging.basicConfig(level=level, handlers=[log_writer])
