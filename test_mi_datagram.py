@@ -75,6 +75,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -4898,29 +4899,84 @@ def test_kamcli(folder):
 def readme(kind):
     """List the blocks of KIND in the README, as somebody would copy them."""
     blocks = re.findall(rf"\.\. code-block:: {kind}\n\n((?:    .*\n|\n)+)", (HERE / "README.rst").read_text("utf-8"))
-    return [textwrap.dedent(block) for block in blocks]
+    return [textwrap.dedent(block).strip() + "\n" for block in blocks]
 
 
-@pytest.mark.parametrize("code", readme("python"))
-def test_programs_of_the_readme(folder, code):
-    """Each program in the README runs as it stands, and prints what the comment behind its print() says."""
-    done = run(sys.executable, "-W", "error", "-c", code, cwd=folder)
-    said = [line.partition("# ")[2].replace("; then ", "\n") for line in code.splitlines() if "print(" in line]
-    assert (done.stdout.splitlines(), done.stderr) == ("\n".join(said).splitlines(), "") and not os.listdir(folder)
+@pytest.fixture
+def programs(folder):
+    """A folder with the README's programs, each under the name in its first line, and a /run/app that can be written."""
+    for code in readme("python"):
+        (folder / code.split()[1]).write_text(code.replace("/run/app", str(folder)))
+    return folder
 
 
-def test_two_terminals_of_the_readme(folder):
-    """The two terminals in the README show what comes, but for the time and the folder."""
+@contextlib.contextmanager
+def terminal(folder, *words, end=signal.SIGINT):
+    """Run a program in FOLDER until the block ends; give its Popen, once it has a socket. None is left behind."""
+    with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, cwd=folder) as popen:
+        try:
+            wait_until(lambda: popen.poll() is not None or [*folder.glob("*.sock")])
+            yield popen
+        finally:
+            popen.send_signal(end)
+            popen.communicate(timeout=DEADLINE)
+    assert not [*folder.glob("*.sock")]
 
-    def shape(text):
-        text = re.sub(r"\w{3} \w{3} [ \d]\d [\d:]{8} \d{4}", "TIME", text)
-        return re.sub(r"\d+ \[sec\]", "N [sec]", re.sub(r"/\S*/mi_datagram.sock", "/PATH/mi_datagram.sock", text))
 
-    (first, *shown), (second, *answer) = [block.strip().splitlines() for block in readme("console")]
-    assert (first, second) == ("$ python -m mi_datagram", "$ python -m mi_datagram call uptime")
-    with process(cwd=folder) as server:
-        assert shape("".join(server.log)).splitlines() == shape("\n".join(shown)).splitlines()
-        assert shape(run(*MI, "call", "uptime", cwd=folder).stdout) == shape("\n".join(answer) + "\n")
+def typed(block):
+    """List the commands of a console block: words behind `python3`, and what comes, but for the time and the folder."""
+    for text in block.removeprefix("$ ").split("\n$ "):
+        command, _, shown = text.partition("\n")
+        yield shlex.split(command)[1:], without_place(shown)
+
+
+def without_place(text):
+    text = re.sub(r"\w{3} \w{3} [ \d]\d [\d:]{8} \d{4}|(?<=:: )\d+(?= .sec)", "TIME", text)
+    return re.sub(r"(?<= on )/\S*/", "/PATH/", text)
+
+
+def test_terminals_of_the_readme(programs):
+    """What is typed in one terminal of the README serves; what is typed in the other shows what the README shows."""
+    blocks = readme("console")
+    assert len(blocks) == 6
+    for first, second in zip(blocks[::2], blocks[1::2]):
+        [(words, shown)] = typed(first)
+        with terminal(programs, *words) as popen:
+            assert without_place("".join([popen.stderr.readline() for _ in shown.splitlines()])) == shown
+            for asked, answer in typed(second):
+                done = run(sys.executable, *asked, cwd=programs)
+                assert without_place(done.stdout + done.stderr).rstrip() == answer.rstrip()
+
+
+@pytest.mark.parametrize(("program", "command", "reply"), [
+    ("daemon.py", "version", "Server:: mi_datagram (1.0)\n"),
+    ("aio.py", "tasks", "Task-1\nTask-2\n"),
+])  # fmt: skip
+def test_programs_of_the_readme_end_by_sigterm(programs, program, command, reply):
+    """The daemon and the asyncio program serve, and end in order by SIGTERM."""
+    with terminal(programs, "-W", "error", program, end=signal.SIGTERM) as popen:
+        assert run(*MI, "call", "-s", f"./{program[:-3]}.sock", command, cwd=programs).stdout == reply
+    assert popen.returncode == 0
+
+
+def test_gunicorn_of_the_readme(programs):
+    """The hook gives each worker the first socket that is free, and the line below it asks all of them."""
+    [asked] = re.findall("``python3 (-m .*?mi-.*?)``", (HERE / "README.rst").read_text("utf-8"))
+    asked = shlex.split(asked.replace("/run/app", ".").replace("uptime", "version"))
+    hook = "import runpy, time; hook = runpy.run_path('gunicorn.conf.py')['post_fork']"
+    with terminal(programs, "-c", f"{hook}; hook(0, 0); hook(0, 0); time.sleep(60)"):
+        wait_until(lambda: len([*programs.glob("*.sock")]) == 2)
+        done = run(sys.executable, *asked, cwd=programs)
+        assert done.stdout == "".join([f"./mi-{slot}.sock:: \n\tServer:: ops (1.0)\n" for slot in (1, 2)]), done
+
+
+def test_tests_of_the_readme(programs):
+    """The README's tests of a program pass, and a program that prints prints what the comment behind it says."""
+    done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_app.py", cwd=programs)
+    assert "2 passed" in done.stdout, done
+    done = run(sys.executable, "-W", "error", "check.py", cwd=programs)
+    said = re.findall(r"print\(.*# (.*)", (programs / "check.py").read_text())
+    assert (done.stdout, done.stderr) == (said[0].replace("; then ", "\n") + "\n", "")
 
 
 def test_parameters_of_the_readme():
