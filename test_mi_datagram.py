@@ -4911,8 +4911,8 @@ def programs(folder):
 
 
 @contextlib.contextmanager
-def terminal(folder, *words, end=signal.SIGINT):
-    """Run a program in FOLDER until the block ends; give its Popen, once it has a socket. None is left behind."""
+def terminal(folder, *words, end):
+    """Run a program in FOLDER and END it by a signal; give its Popen, once it has a socket. No socket file is left."""
     with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, cwd=folder) as popen:
         try:
             wait_until(lambda: popen.poll() is not None or [*folder.glob("*.sock")])
@@ -4923,51 +4923,46 @@ def terminal(folder, *words, end=signal.SIGINT):
     assert not [*folder.glob("*.sock")]
 
 
-def typed(block):
-    """List the commands of a console block: words behind `python3`, and what comes, but for the time and the folder."""
-    for text in block.removeprefix("$ ").split("\n$ "):
-        command, _, shown = text.partition("\n")
-        yield shlex.split(command)[1:], without_place(shown)
-
-
 def without_place(text):
+    """Leave out the time and the folder, which differ each time."""
     text = re.sub(r"\w{3} \w{3} [ \d]\d [\d:]{8} \d{4}|(?<=:: )\d+(?= .sec)", "TIME", text)
-    return re.sub(r"(?<= on )/\S*/", "/PATH/", text)
+    return re.sub(r"(?<= on )/\S*/", "/PATH/", text).strip()
 
 
 def test_terminals_of_the_readme(programs):
-    """What is typed in one terminal of the README serves; what is typed in the other shows what the README shows."""
-    blocks = readme("console")
-    assert len(blocks) == 6
+    """What is typed in one terminal of the README serves; what is typed in the other prints what the README shows."""
+    blocks = [block.removeprefix("$ python3 ") for block in readme("console")]
     for first, second in zip(blocks[::2], blocks[1::2]):
-        [(words, shown)] = typed(first)
-        with terminal(programs, *words) as popen:
-            assert without_place("".join([popen.stderr.readline() for _ in shown.splitlines()])) == shown
-            for asked, answer in typed(second):
-                done = run(sys.executable, *asked, cwd=programs)
-                assert without_place(done.stdout + done.stderr).rstrip() == answer.rstrip()
+        words, _, shown = first.partition("\n")
+        with terminal(programs, *shlex.split(words), end=signal.SIGINT) as popen:
+            said = "".join([popen.stderr.readline() for _ in shown.splitlines()])
+            assert without_place(said) == without_place(shown)
+            for typed in second.split("\n$ python3 "):
+                words, _, shown = typed.partition("\n")
+                done = run(sys.executable, *shlex.split(words), cwd=programs)
+                assert without_place(done.stdout + done.stderr) == without_place(shown)
 
 
-@pytest.mark.parametrize(("program", "command", "reply"), [
-    ("daemon.py", "version", "Server:: mi_datagram (1.0)\n"),
-    ("aio.py", "tasks", "Task-1\nTask-2\n"),
+# Two workers; gunicorn ends one by sys.exit().
+WORKERS = """
+import runpy, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+for _ in range(2):
+    runpy.run_path("gunicorn.conf.py")["post_fork"](None, None)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("words", "asked", "reply"), [
+    (["daemon.py"], "-s ./daemon.sock version", "Server:: mi_datagram (1.0)\n"),
+    (["aio.py"], "-s ./aio.sock tasks", "Task-1\nTask-2\n"),
+    (["-c", WORKERS], "-s ./mi-*.sock version", "./mi-1.sock:: \n\tServer:: ops (1.0)\n./mi-2.sock:: \n\tServer:: ops (1.0)\n"),
 ])  # fmt: skip
-def test_programs_of_the_readme_end_by_sigterm(programs, program, command, reply):
-    """The daemon and the asyncio program serve, and end in order by SIGTERM."""
-    with terminal(programs, "-W", "error", program, end=signal.SIGTERM) as popen:
-        assert run(*MI, "call", "-s", f"./{program[:-3]}.sock", command, cwd=programs).stdout == reply
+def test_programs_of_the_readme(programs, words, asked, reply):
+    """The programs serve and end in order by SIGTERM; each worker of gunicorn has a socket, and all are asked at once."""
+    with terminal(programs, "-W", "error", *words, end=signal.SIGTERM) as popen:
+        wait_until(lambda: run(*MI, "call", *asked.split(), cwd=programs).stdout == reply)
     assert popen.returncode == 0
-
-
-def test_gunicorn_of_the_readme(programs):
-    """The hook gives each worker the first socket that is free, and the line below it asks all of them."""
-    [asked] = re.findall("``python3 (-m .*?mi-.*?)``", (HERE / "README.rst").read_text("utf-8"))
-    asked = shlex.split(asked.replace("/run/app", ".").replace("uptime", "version"))
-    hook = "import runpy, time; hook = runpy.run_path('gunicorn.conf.py')['post_fork']"
-    with terminal(programs, "-c", f"{hook}; hook(0, 0); hook(0, 0); time.sleep(60)"):
-        wait_until(lambda: len([*programs.glob("*.sock")]) == 2)
-        done = run(sys.executable, *asked, cwd=programs)
-        assert done.stdout == "".join([f"./mi-{slot}.sock:: \n\tServer:: ops (1.0)\n" for slot in (1, 2)]), done
 
 
 def test_tests_of_the_readme(programs):
@@ -4975,8 +4970,8 @@ def test_tests_of_the_readme(programs):
     done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_app.py", cwd=programs)
     assert "2 passed" in done.stdout, done
     done = run(sys.executable, "-W", "error", "check.py", cwd=programs)
-    said = re.findall(r"print\(.*# (.*)", (programs / "check.py").read_text())
-    assert (done.stdout, done.stderr) == (said[0].replace("; then ", "\n") + "\n", "")
+    [said] = re.findall(r"print\(.*# (.*)", (programs / "check.py").read_text())
+    assert (done.stdout, done.stderr) == (said.replace("; then ", "\n") + "\n", "")
 
 
 def test_parameters_of_the_readme():
