@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: 0BSD
-"""A Management Interface for a Python program, over UNIX datagrams or UDP.
+"""A Management Interface (MI): ask and steer a running Python program.
 
-An operator, a script or a monitoring system runs named commands of a running
-program: one datagram asks, one datagram answers, in the line dialect of the
-SIP servers Kamailio and OpenSIPS or in JSON-RPC 2.0, so that the clients
-written for those work here unchanged.
+See which thread hangs, flush a cache, change the log level, over a UNIX
+datagram socket or UDP. One datagram asks, one answers, in the line dialect of
+the SIP servers Kamailio and OpenSIPS or in JSON-RPC 2.0, so that their
+clients work with it unchanged.
 
     :cache_flush:\\n            {"jsonrpc":"2.0","method":"cache_flush",
     zone::all\\n                 "params":{"zone":"all"},"id":1}

@@ -77,6 +77,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -4840,29 +4841,79 @@ def test_kamcli(folder):
 def readme(kind):
     """List the blocks of KIND in the README, as somebody would copy them."""
     blocks = re.findall(rf"\.\. code-block:: {kind}\n\n((?:    .*\n|\n)+)", (HERE / "README.rst").read_text("utf-8"))
-    return [textwrap.dedent(block) for block in blocks]
+    return [textwrap.dedent(block).strip() + "\n" for block in blocks]
 
 
-@pytest.mark.parametrize("code", readme("python"))
-def test_programs_of_the_readme(folder, code):
-    """Each program in the README runs as it stands, and prints what the comment behind its print() says."""
-    done = run(sys.executable, "-W", "error", "-c", code, cwd=folder)
-    said = [line.partition("# ")[2].replace("; then ", "\n") for line in code.splitlines() if "print(" in line]
-    assert (done.stdout.splitlines(), done.stderr) == ("\n".join(said).splitlines(), "") and not os.listdir(folder)
+@pytest.fixture
+def programs(folder):
+    """A folder with the README's programs, each under the name in its first line, and a /run/app that can be written."""
+    for code in readme("python"):
+        (folder / code.split()[1]).write_text(code.replace("/run/app", str(folder)))
+    return folder
 
 
-def test_two_terminals_of_the_readme(folder):
-    """The two terminals in the README show what comes, but for the time and the folder."""
+@contextlib.contextmanager
+def terminal(folder, *words, end):
+    """Run a program in FOLDER and END it by a signal; give its Popen, once it has a socket. No socket file is left."""
+    with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, cwd=folder) as popen:
+        try:
+            wait_until(lambda: popen.poll() is not None or [*folder.glob("*.sock")])
+            yield popen
+        finally:
+            popen.send_signal(end)
+            popen.communicate(timeout=DEADLINE)
+    assert not [*folder.glob("*.sock")]
 
-    def shape(text):
-        text = re.sub(r"\w{3} \w{3} [ \d]\d [\d:]{8} \d{4}", "TIME", text)
-        return re.sub(r"\d+ \[sec\]", "N [sec]", re.sub(r"/\S*/mi_datagram.sock", "/PATH/mi_datagram.sock", text))
 
-    (first, *shown), (second, *answer) = [block.strip().splitlines() for block in readme("console")]
-    assert (first, second) == ("$ python -m mi_datagram", "$ python -m mi_datagram call uptime")
-    with process(cwd=folder) as server:
-        assert shape("".join(server.log)).splitlines() == shape("\n".join(shown)).splitlines()
-        assert shape(run(*MI, "call", "uptime", cwd=folder).stdout) == shape("\n".join(answer) + "\n")
+def without_place(text):
+    """Leave out the time and the folder, which differ each time."""
+    text = re.sub(r"\w{3} \w{3} [ \d]\d [\d:]{8} \d{4}|(?<=:: )\d+(?= .sec)", "TIME", text)
+    return re.sub(r"(?<= on )/\S*/", "/PATH/", text).strip()
+
+
+def test_terminals_of_the_readme(programs):
+    """What is typed in one terminal of the README serves; what is typed in the other prints what the README shows."""
+    blocks = [block.removeprefix("$ python3 ") for block in readme("console")]
+    for first, second in zip(blocks[::2], blocks[1::2]):
+        words, _, shown = first.partition("\n")
+        with terminal(programs, *shlex.split(words), end=signal.SIGINT) as popen:
+            said = "".join([popen.stderr.readline() for _ in shown.splitlines()])
+            assert without_place(said) == without_place(shown)
+            for typed in second.split("\n$ python3 "):
+                words, _, shown = typed.partition("\n")
+                done = run(sys.executable, *shlex.split(words), cwd=programs)
+                assert without_place(done.stdout + done.stderr) == without_place(shown)
+
+
+# Two workers; gunicorn ends one by sys.exit().
+WORKERS = """
+import runpy, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+for _ in range(2):
+    runpy.run_path("gunicorn.conf.py")["post_fork"](None, None)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("words", "asked", "reply"), [
+    (["daemon.py"], "-s ./daemon.sock version", "Server:: mi_datagram (1.0)\n"),
+    (["aio.py"], "-s ./aio.sock tasks", "Task-1\nTask-2\n"),
+    (["-c", WORKERS], "-s ./mi-*.sock version", "./mi-1.sock:: \n\tServer:: ops (1.0)\n./mi-2.sock:: \n\tServer:: ops (1.0)\n"),
+])  # fmt: skip
+def test_programs_of_the_readme(programs, words, asked, reply):
+    """The programs serve and end in order by SIGTERM; each worker of gunicorn has a socket, and all are asked at once."""
+    with terminal(programs, "-W", "error", *words, end=signal.SIGTERM) as popen:
+        wait_until(lambda: run(*MI, "call", *asked.split(), cwd=programs).stdout == reply)
+    assert popen.returncode == 0
+
+
+def test_tests_of_the_readme(programs):
+    """The README's tests of a program pass, and a program that prints prints what the comment behind it says."""
+    done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_app.py", cwd=programs)
+    assert "2 passed" in done.stdout, done
+    done = run(sys.executable, "-W", "error", "check.py", cwd=programs)
+    [said] = re.findall(r"print\(.*# (.*)", (programs / "check.py").read_text())
+    assert (done.stdout, done.stderr) == (said.replace("; then ", "\n") + "\n", "")
 
 
 def test_parameters_of_the_readme():
