@@ -1391,7 +1391,7 @@ class Interface:
         # For servers:
         self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
         self.level_changed: Callable[[int], object] = lambda level: None
-        # By the bytes that a request begins with, as Latin-1: without a GIL only interned texts are found without a lock.
+        # By the bytes that a request begins with, as Latin-1 text: without a GIL that alone is found without a lock.
         self.first_lines: dict[str, Command] = {}
         self.log_limit = LogLimit()
         self.use_counters(Counter)
@@ -2073,7 +2073,7 @@ class LeaderFollowers:
         self._leader, self._left = 0, FORKED
 
     def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
-        """Replace leaders until IS_OVER(); call ACT between, which returns in how many s it wants to be called again."""
+        """Replace leaders until IS_OVER(); call ACT between, which returns in how many s it is to be called again."""
         seen: Any = None
         was_polling = False
         ticks = 0  # since anything changed
@@ -2198,6 +2198,8 @@ class LeaderFollowers:
             if is_urgent or not self._is_crowded():
                 return True
             self._state_changed.wait_for(lambda: self._has_room(item) or self._left <= 0)
+            if not self._is_crowded():  # any more
+                return True
             self._backlog.append(item)
             self._turn.notify()
             return False
@@ -2247,16 +2249,16 @@ def _timeval(seconds: float) -> bytes:
 class Outbox:
     """Sends replies: at once where that can be done, else where nobody else waits for it.
 
-    A reply that its client does not take waits `timeout` s at most, one for each client, `max_waiting` in all;
-    every other one is dropped. `run_slow(function, *arguments)` runs what waits, or returns False if it may not
+    A reply that its client does not take waits `timeout` ms at most, one for each client, on half of `max_threads`
+    in all; every other one is dropped. `run_slow(function, *arguments)` runs what waits, or returns False if it may not
     wait now. A request is (data, socket, source, …): the reply leaves by the socket, and from the address that
     `source` tells, if it is not empty.
     """
 
-    def __init__(self, interface: Interface, timeout: float, max_waiting: int, run_slow: Callable[..., bool]) -> None:
+    def __init__(self, interface: Interface, timeout: int, max_threads: int, run_slow: Callable[..., bool]) -> None:
         self._interface = interface
-        self._timeout = timeout
-        self._max_waiting = max_waiting
+        self._timeout = timeout / 1000
+        self._max_waiting = min(max_threads // 2, max_threads - 3)  # one is left for commands, and the reserve
         self._run_slow = run_slow
         self._lock = threading.Lock()
         self._waiting: set[Any] = set()  # the clients that a reply waits for
@@ -2454,9 +2456,10 @@ class Poller:
     """Waits until a socket has a datagram, or until wake() was called: from then on it does not wait any more."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._reading, writing = [open(end, mode, buffering=0) for end, mode in zip(os.pipe(), ("rb", "wb"))]  # noqa: SIM115
-        os.set_blocking(writing.fileno(), False)
-        self._writing: Any = writing  # a file, not a number: that may be another file's when it is closed
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        self._reading = open(reading, "rb", buffering=0)  # noqa: SIM115
+        self._writing = open(writing, "wb", buffering=0)  # noqa: SIM115 # a number may be another's once closed
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._poll.register(self._reading, select.POLLIN)
@@ -2602,10 +2605,9 @@ class ServerMixIn(_AsyncContext, _Threads):
         listening: Socket | None = None,
         **parameters: Unpack[Parameters],
     ) -> None:
-        """Bind the socket, or take over LISTENING, which is bound already.
+        """Bind the socket, or take over LISTENING, which is bound already; PARAMETERS are the original's.
 
-        PARAMETERS are those of the original; times are in ms, sizes in bytes. Raises ParameterError for a
-        wrong value and SocketError where the socket cannot be made; nothing is created then.
+        Raises ParameterError for a wrong value and SocketError for a socket that cannot be made; nothing is left then.
         """
         if not (MSG_DONTWAIT and hasattr(select, "poll")):
             raise SocketError("this system lacks MSG_DONTWAIT or poll")
@@ -2624,19 +2626,16 @@ class ServerMixIn(_AsyncContext, _Threads):
         )
         self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
         self.buffer = _Buffer(self.service.limit + 1)  # one byte more shows that a request is too long
-        max_waiting = min(values["max_threads"] // 2, values["max_threads"] - 3)
-        self.outbox = self._outbox_class(interface, values["socket_timeout"] / 1000, max_waiting, self._run_slow)
+        self.outbox = self._outbox_class(interface, values["socket_timeout"], values["max_threads"], self._run_slow)
         self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
         self._ended = threading.Condition()
         with _naming(os.fspath(socket_name)):
             super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
         if listening is not None:
             self.socket.close()
-            self.socket = listening
-            self.server_address = listening.getsockname()
+            self.socket, self.server_address = listening, listening.getsockname()
             self.drain = 0  # its queue is the successor's
         self._prepare()
-        _servers.add(self)
 
     @property
     def interface(self) -> Interface:
@@ -2654,6 +2653,7 @@ class ServerMixIn(_AsyncContext, _Threads):
     def _prepare(self) -> None:
         """Set what the socket has, bound here or passed in."""
         self.outbox.prepare(self.socket)
+        _servers.add(self)
 
     def make_peer(self, request: Any, client_address: Any) -> Peer:
         """Return who sent a request."""
@@ -2861,7 +2861,7 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
         return _udp_name(self.server_address)
 
     def get_request(self) -> Any:
-        """Take a datagram without waiting: (data, socket, source of the reply, what a retransmission shares), address."""
+        """Take a datagram without waiting: (data, socket, source of the reply, (digest, address)), address."""
         view, source = self.buffer.view, ()
         if self._source_size:
             size, ancillary, _, address = self.socket.recvmsg_into([view], self._source_size, MSG_DONTWAIT)
@@ -3255,7 +3255,7 @@ def print_error(text: str, prefix: str = "mi_datagram: ") -> None:
     """Print to stderr, past its buffer; where that cannot be written, there is nobody to tell."""
     with contextlib.suppress(OSError):
         line = f"{prefix}{escape_control_characters(text)}\n"
-        os.write(STDERR, line.encode(sys.stderr.encoding, "backslashreplace"))
+        os.write(STDERR, line.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace"))
 
 
 # ------------------------------------------------------------------ systemd ----
@@ -3884,7 +3884,7 @@ USAGES = {
         --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
     "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
         Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.
-        A VALUE stands by position, NAME::VALUE by name; one with :: in it is written ::VALUE. Behind -- are no options.""",
+        A VALUE stands by position, NAME::VALUE by name; one with :: in it is ::VALUE. Behind -- are no options.""",
     "shell": """shell [-s NAME]... [--json] [--timeout MS]
         Run commands of a server as they are typed; `help` lists them, `exit` ends.""",
 }
