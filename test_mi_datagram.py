@@ -4980,6 +4980,41 @@ def test_whatever_comes_in_the_invariant_holds(kind, folder, monkeypatch, caplog
     assert not forged, f"MI_FUZZ_SEED={FUZZ_SEED}"
 
 
+def state_of(pid):
+    """Return the resident kB, the number of descriptors and of child processes of a process."""
+    resident = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+    children = [task.joinpath("children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return resident, len(os.listdir(f"/proc/{pid}/fd")), sum(map(len, children))
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("transport", ["unix", "udp"])
+def test_noise_leaves_nothing_behind(transport, folder):
+    """Random datagrams cost neither memory nor descriptors nor processes; the log is bounded; then the server is idle."""
+    rng = random.Random(f"{FUZZ_SEED} noise {transport}")
+    with process("-s", folder / "s" if transport == "unix" else "udp:127.0.0.1:0") as server:
+        address = re.search(r"listening on (\S+)", "".join(server.log))[1]
+        address = address if transport == "unix" else ("127.0.0.1", int(address.rpartition(":")[2]))
+        with client_socket(types.SimpleNamespace(server_address=address, address_family=socket.AF_INET), True) as sock:
+            sent, started, states = 0, time.monotonic(), []
+            while time.monotonic() < started + FUZZ_SECONDS / 5 or sent < 1000:
+                for _ in range(100):
+                    noise = rng.getrandbits(320).to_bytes(40, "big")[rng.randrange(40) :] * rng.choice([1, 1, 8])
+                    sock.send(rng.choice([b"", b":", b"{", b":help:\n"]) + noise)
+                sent += 100
+                sock.send(b":pwd:\n")
+                wait_until(lambda: sock.recv(1 << 20).startswith(b"200 OK\nWD::"))
+                states += [state_of(server.pid)] * (sent == 500)
+            seconds, cpu = time.monotonic() - started, cpu_ns(server.pid)
+            pause(0.5)
+            states.append(state_of(server.pid))
+            idle = (cpu_ns(server.pid) - cpu) / 1e9
+        lines = [line for line in server.log if not line.startswith(" ")]
+    print(f"{transport}: {sent} datagrams, {states}, {len(lines)} log lines in {seconds:.0f} s, {idle:.3f} s CPU idle")
+    assert states[-1][0] - states[0][0] <= 8192 and states[-1][1:] == states[0][1:] and idle < 0.2
+    assert len(lines) <= 10 + 11 * 4 * (seconds + 2)
+
+
 # ------------------------------------------------------- clients of others ----
 
 # For OpenSIPSMI.execute: command, parameters, result; or the text of the error.
