@@ -1107,13 +1107,14 @@ class JsonCall(Call):
     def __init__(self, exchange: Exchange, call: Any = None) -> None:
         self.exchange = exchange
         self.id = _json_id(call)
-        self.is_notification = _is_call(call) and "id" not in call
+        self.is_call = _is_call(call)
+        self.is_notification = self.is_call and "id" not in call
 
     def answer(self, call: Any) -> Any:
         """Return the answer as text, None where there is none, PENDING where it comes later."""
         exchange = self.exchange
         try:
-            if not _is_call(call):
+            if not self.is_call:
                 exchange.refuse("invalid_requests", "no Request object")
             self.name = call["method"]
             try:
@@ -1148,7 +1149,8 @@ class JsonCall(Call):
         indent = self.exchange.service.json_indent
         encode = _json_encoder(indent)
         if indent is None:
-            return f'{{"jsonrpc":"2.0","{member}":{encode(value)},"id":{encode(call_id)}}}'
+            written = call_id if call_id.__class__ is int else encode(call_id)
+            return f'{{"jsonrpc":"2.0","{member}":{encode(value)},"id":{written}}}'
         return encode({"jsonrpc": "2.0", member: value, "id": call_id})
 
 
@@ -1200,10 +1202,10 @@ class Exchange:
         return call.answer(data)
 
     def _answer_json(self, data: bytes) -> bytes | None:
-        self.call = JsonCall(self)
         try:
             document = self._parse_json(data)
         except CommandError as error:
+            self.call = JsonCall(self)
             answer = self.call.format(self.record_error(error, ""))
         else:
             if document.__class__ is list:
@@ -1231,6 +1233,7 @@ class Exchange:
         return document
 
     def _answer_batch(self, document: list[Any]) -> bytes | None:
+        self.call = JsonCall(self)
         calls = [JsonCall(self, call) for call in document]
         self.batch = dict.fromkeys(calls, PENDING)
         for call, sent in zip(calls, document):
