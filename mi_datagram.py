@@ -2378,12 +2378,12 @@ class UnixOutbox(Outbox):
 
 # ------------------------------------------------------------------ handler ----
 #
-# The way of a datagram, when its command is quick: `get_request` takes it off the socket, and
-# `ServerMixIn._handle` asks the hooks of socketserver: verify_request, and `process_request`.
-# finish_request makes a Handler, and its `handle` gives the bytes to `Exchange.answer`, which knows the
-# dialect. `LineCall.answer` reads it (`JsonCall.answer` each call of a JSON document), `Call.run` binds
-# the arguments and runs the command, and `LineCall.format` writes what that returned.
-# `ServerMixIn.reply_to` takes the reply to `Outbox.send`, which sends it.
+# The way of a datagram whose command is quick: `get_request` takes it off the socket (recvmsg), and `_handle` asks the
+# hooks of socketserver: verify_request and `process_request`, whose finish_request makes a Handler. Its `handle`
+# gives the bytes to `Exchange.answer`, which knows the dialect. `LineCall.answer` reads them (`JsonCall.answer` each
+# call of a JSON document), `Call.run` binds the arguments and runs the command, and `LineCall.format` writes what
+# that returned, by `format_reply` and `_format_nodes`. `Outbox.send` sends it (sendto); over UDP `_reply_to`, on the
+# way there, learns that the request runs no more.
 
 
 class Handler(socketserver.BaseRequestHandler, Exchange):

@@ -2493,6 +2493,27 @@ def hooked(after):
     return {hook: make(hook) for hook in [*HOOKS, "handle_error"]}
 
 
+def test_way_of_a_datagram(name):
+    """From receiving to sending a quick request of the line dialect enters 10 functions of the module, over UDP 11."""
+    entered = []
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename == str(MODULE) and frame.f_code.co_name[0] != "<":
+            entered.append(frame.f_code.co_name)
+
+    server = interface().server(name)
+    with client_socket(server) as sock:
+        for _ in range(2):  # the first one also makes a plan for the command
+            send(server, sock, b":nothing:\n")
+            item = server.get_request()
+            entered.clear()
+            sys.setprofile(note)
+            server._handle(item)
+            sys.setprofile(None)
+    server.stop()
+    assert len(entered) <= 10 + ("udp" in name), entered
+
+
 def test_hooks_stay_in_the_path(name):
     """Each datagram goes through the methods that subclasses of socketserver servers override, in their order."""
     called = []
