@@ -102,7 +102,7 @@ from mi_datagram import Client, CommandError, Interface, Node, Reply
 MODULE = HERE / "mi_datagram.py"
 DEADLINE = 20  # s after which what a test waits for counts as not happening
 MI = (sys.executable, "-m", "mi_datagram")
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])  # of each Python that is started here
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # of each Python that is started here
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, here and below
 
 # ------------------------------------------------------------------ helpers ----
