@@ -318,8 +318,8 @@ class Request:
 
         After `timeout` ms nothing is sent any more; that is logged and counted.
         """
-        if not timeout >= 0:
-            raise ParameterError(f"timeout {timeout!a}: a number of ms is allowed")
+        if not 0 <= timeout < math.inf:
+            raise ParameterError(f"timeout {timeout!a}: a finite number of ms is allowed")
         if self._call is None:
             raise Error("nobody waits for an answer to this request")
         return self._call.defer(timeout)
@@ -951,7 +951,8 @@ class Call:
                 outcome = command.function(*values, **named)
         except BaseException as error:
             return self._decide(self._convert_error(error), request)
-        return outcome if request is None else self._decide(outcome, request)
+        is_answer = request is None and outcome.__class__ is not Deferred
+        return outcome if is_answer else self._decide(outcome, request)
 
     def _convert_error(self, error: BaseException) -> CommandError:
         """Convert an exception to the error that the peer may see: the command's own, or only that it failed."""

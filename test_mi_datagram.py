@@ -1023,12 +1023,16 @@ def test_deferrals_that_are_refused():
     """What another request deferred is no answer; nor can be deferred without a request, or for a time that is none."""
     mi, deferreds = later()
     mi.command(lambda request: deferreds[0], name="thief", pass_request=True)
+    mi.command(lambda: deferreds[0], name="other_thief")
     assert mi.answer(b":later:\n1000\n") is None
-    for refused in (b":thief:\n", b":later:\n-1\n"):
+    for refused in (b":thief:\n", b":other_thief:\n", b":later:\n-1\n"):
         assert mi.answer(refused) == b"500 command failed\n"
     assert deferreds[0].drop()
     with pytest.raises(mi_datagram.Error, match="nobody waits"):
         mi_datagram.Request("change").defer()
+    for timeout in (math.inf, math.nan, -1):
+        with pytest.raises(mi_datagram.ParameterError, match="finite"):
+            mi_datagram.Request("change").defer(timeout)
 
 
 def test_late_reply_that_cannot_be_sent(name):
