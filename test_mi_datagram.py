@@ -103,6 +103,7 @@ MODULE = HERE / "mi_datagram.py"
 DEADLINE = 20  # s after which what a test waits for counts as not happening
 MI = (sys.executable, "-m", "mi_datagram")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # of each Python that is started here
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of them compiles the module anew, which takes longer than most tests
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, here and below
 
 # ------------------------------------------------------------------ helpers ----
