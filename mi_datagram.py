@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: 0BSD
 """A Management Interface (MI): ask and steer a running Python program.
 
-See which thread hangs, flush a cache, change the log level, over a UNIX
-datagram socket or UDP. One datagram asks, one answers, in the line dialect of
-the SIP servers Kamailio and OpenSIPS or in JSON-RPC 2.0, so that their
-clients work with it unchanged.
+See which thread hangs, flush a cache, change the log level, over a UNIX datagram socket or UDP. One datagram
+asks, one answers, in the line dialect of the SIP servers Kamailio and OpenSIPS or in JSON-RPC 2.0: their clients
+work with it unchanged.
 
     :cache_flush:\\n            {"jsonrpc":"2.0","method":"cache_flush",
     zone::all\\n                 "params":{"zone":"all"},"id":1}
@@ -57,7 +56,7 @@ import time
 import traceback
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -241,25 +240,16 @@ class LogLimit:
 
 @dataclasses.dataclass
 class Node:
-    """One node of a reply's tree: a line in the line dialect.
+    """One node of a reply's tree: a line in the line dialect, with `attributes` behind the value.
 
-    `attributes` are printed behind the value; `children` is whatever a command may return.
+    `children` is whatever a command may return. In JSON a node is its value, attributes or children, of several an
+    object of these; where it has a name, that is the one member of an object.
     """
 
     name: str | None = None
     value: Any = None
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     children: Any = dataclasses.field(default_factory=list)
-
-    def data(self) -> Any:
-        """Return the node as JSON data: its content, as the one member of an object where it has a name.
-
-        That is the value, the attributes or the children; of several an object of those members.
-        """
-        parts = {"value": self.value, "attributes": dict(self.attributes), "children": self.children}
-        parts = {key: part for key, part in parts.items() if part or (key == "value" and part is not None)}
-        content = parts if len(parts) > 1 else next(iter(parts.values()), None)
-        return content if self.name is None else {self.name: content}
 
 
 @dataclasses.dataclass
@@ -399,24 +389,23 @@ def format_request(command: str, /, *values: object, **named: object) -> bytes:
 
 
 def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> bytes:
-    if not command or ":" in command or "\n" in command:
+    if not command or ":" in command or "\n" in command or not _has_bytes(command):
         raise RequestError(f"command {command!a} cannot be written")
-    pairs = [(name, _text(value)) for name, value in arguments]
-    for text in (command, *itertools.chain(*pairs)):
-        if not _has_bytes(text):
-            raise RequestError(f"{text!a} has surrogates that do not come back")
-    return "".join([f":{command}:\n", *itertools.starmap(_format_argument, pairs)]).encode("utf-8", "surrogateescape")
-
-
-def _format_argument(name: str, value: str) -> str:
-    if name != name.strip(WHITE) or name.endswith(":") or any([mark in name for mark in ("::", '"', "\n")]):
-        raise RequestError(f"name {name!a} cannot be written")
-    if value and value == value.strip(WHITE) and '"' not in value and "\n" not in value:
-        return f"{name}::{value}\n" if name or "::" in value else f"{value}\n"
-    if value.endswith("\\"):
-        raise RequestError(f"value {value!a} needs quotes and cannot end with a backslash in them")
-    quoted = '"' + value.replace('"', '\\"') + '"'
-    return f"{name}::{quoted}\n" if name else f"{quoted}\n"
+    lines = [f":{command}:\n"]
+    for name, value in arguments:
+        if name != name.strip(WHITE) or name.endswith(":") or any([mark in name for mark in ("::", '"', "\n")]):
+            raise RequestError(f"name {name!a} cannot be written")
+        text = _text(value)
+        line = f"{name}::{text}\n" if name or "::" in text else f"{text}\n"
+        if not text or text != text.strip(WHITE) or '"' in text or "\n" in text:
+            if text.endswith("\\"):
+                raise RequestError(f"value {text!a} needs quotes and cannot end with a backslash in them")
+            quoted = text.replace('"', '\\"')
+            line = f'{name}::"{quoted}"\n' if name else f'"{quoted}"\n'
+        if not _has_bytes(line):
+            raise RequestError(f"{line!a} has surrogates that do not come back")
+        lines.append(line)
+    return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 def _has_bytes(text: str) -> bool:
@@ -428,11 +417,6 @@ def _has_bytes(text: str) -> bool:
 
 _SCALARS = (str, int, float, bool, type(None))  # as most values are
 _BYTES = (bytes, bytearray, memoryview)
-_WRITERS: Sequence[tuple[type, Callable[[Any], str]]] = (
-    (str, str.__str__),
-    (int, int.__repr__),
-    (float, float.__repr__),
-)
 
 
 def _text(value: object) -> str:
@@ -441,9 +425,12 @@ def _text(value: object) -> str:
         return ""
     if value.__class__ is bool:
         return "true" if value else "false"
-    for kind, write in _WRITERS:
-        if isinstance(value, kind):
-            return write(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__repr__(value)
+    if isinstance(value, float):
+        return float.__repr__(value)
     return bytes(value).decode("utf-8", "surrogateescape") if isinstance(value, _BYTES) else str(value)
 
 
@@ -532,42 +519,6 @@ def parse_reply(data: bytes) -> Reply:
 # ------------------------------------------------- the JSON-RPC 2.0 dialect ----
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):  # 1e400, or NaN and Infinity, which are Python's own
-        raise ValueError(f"{text} is no JSON")
-    return number
-
-
-def _check_nesting(data: bytes) -> None:
-    """Refuse what is nested deep before json does: its C code may need more stack than a thread has."""
-    depth = 0
-    for token in re.finditer(rb'"(?:[^"\\]|\\.)*"?|[][{}]', data, re.DOTALL):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
-        if depth > NESTING:
-            raise ValueError(f"nested deeper than {NESTING}")
-
-
-def _plain(value: Any) -> Any:
-    """Convert what json does not know by itself, as the line dialect does; refuse what can be read only once."""
-    if isinstance(value, Iterator):
-        raise TypeError("an iterator")
-    if isinstance(value, Node):
-        return value.data()
-    convert = _container(value.__class__)
-    return convert(value) if convert else _text(value)
-
-
-def _spell_out(value: Any) -> Any:
-    """Convert all that json does not know: iterators, and the names of a mapping, too."""
-    if not isinstance(value, (dict, list, tuple, *_SCALARS)):
-        return _spell_out(list(value) if isinstance(value, Iterator) else _plain(value))
-    if isinstance(value, dict):
-        return {name if isinstance(name, _SCALARS) else _text(name): _spell_out(one) for name, one in value.items()}
-    return [_spell_out(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-_decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
 BOM = b"\xef\xbb\xbf"  # some write it before UTF-8
 
 
@@ -576,10 +527,24 @@ def _is_json(data: bytes) -> bool:
     return data[:1] in (b"{", b"[") or data.removeprefix(BOM).lstrip()[:1] in (b"{", b"[")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # 1e400, or NaN and Infinity, which are Python's own
+        raise ValueError(f"{text} is no JSON")
+    return number
+
+
+_decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
+
+
 def _parse_json(data: bytes) -> Any:
     """Decode a document; raise ValueError or RecursionError for what is none, or nested too deep."""
-    if data.count(b"[") + data.count(b"{") > NESTING:
-        _check_nesting(data)
+    depth = 0
+    if data.count(b"[") + data.count(b"{") > NESTING:  # json's own C code may need more stack than a thread has
+        for token in re.finditer(rb'"(?:[^"\\]|\\.)*"?|[][{}]', data, re.DOTALL):
+            depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+            if depth > NESTING:
+                raise ValueError(f"nested deeper than {NESTING}")
     return _decode_json(data.removeprefix(BOM).decode())
 
 
@@ -588,32 +553,41 @@ def _json_encoder(indent: str | None) -> Callable[[Any], str]:
     """Return the encoder for compact replies (None) or for indented ones; JSON is indented by white space alone."""
     indent = "\t" if indent and indent.strip(" \t") else indent
     separators = (",", ":") if indent is None else (",", ": ")
-    encode = json.JSONEncoder(allow_nan=False, default=_plain, indent=indent, separators=separators).encode
+    encode = json.JSONEncoder(allow_nan=False, indent=indent, separators=separators).encode
 
     def write(value: Any) -> str:
         try:
             return encode(value)
-        except TypeError:
-            return encode(_spell_out(value))
+        except TypeError:  # json itself knows less than a command may return
+            return encode(_plain(value))
 
     return write
 
 
-def _json_id(call: Any) -> Any:
-    """Return the id to answer with: null where the call has none that the specification allows."""
-    value = call.get("id") if isinstance(call, dict) else None
-    return value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+def _plain(value: Any) -> Any:
+    """Convert all that json does not know, as the line dialect does."""
+    if isinstance(value, Node):
+        parts = {"value": value.value, "attributes": dict(value.attributes), "children": value.children}
+        parts = {key: part for key, part in parts.items() if part or (key == "value" and part is not None)}
+        content = parts if len(parts) > 1 else next(iter(parts.values()), None)
+        return _plain(content if value.name is None else {value.name: content})
+    convert = _container(value.__class__)
+    if convert is None:
+        return value if isinstance(value, _SCALARS) else _text(value)
+    value = convert(value)
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return {name if isinstance(name, _SCALARS) else _text(name): _plain(one) for name, one in value.items()}
 
 
-def _is_call(call: Any) -> bool:
-    """Whether CALL is a Request object of the specification's section 4."""
-    return (
-        isinstance(call, dict)
-        and call.get("jsonrpc") == "2.0"
-        and isinstance(call.get("method"), str)
-        and isinstance(call.get("params", []), (list, dict))
-        and _json_id(call) == call.get("id")
-    )
+def _check_call(call: Any) -> tuple[bool, Any]:
+    """Return whether CALL is a Request object of the specification's section 4, and the id that answers it, or null."""
+    if not isinstance(call, dict):
+        return False, None
+    call_id = call.get("id")
+    is_id = isinstance(call_id, (str, int, float)) and not isinstance(call_id, bool)
+    is_request = call.get("jsonrpc") == "2.0" and isinstance(call.get("method"), str) and (is_id or call_id is None)
+    return is_request and isinstance(call.get("params", []), (list, dict)), call_id if is_id else None
 
 
 def _is_answer(call: Any) -> bool:
@@ -621,19 +595,17 @@ def _is_answer(call: Any) -> bool:
     return isinstance(call, dict) and "method" not in call and ("result" in call or "error" in call)
 
 
-def _json_error(error: CommandError) -> dict[str, Any]:
-    code, message = (error.json_code, error.json_message) if isinstance(error, _Fault) else (error.code, error.reason)
-    return {"code": code, "message": message, **({} if error.data is None else {"data": error.data})}
-
-
 def _json_member(outcome: Any) -> tuple[str, Any]:
     """Return the member that answers: ("result", …) or ("error", …)."""
     if isinstance(outcome, Reply):
         data = None if outcome.nodes.__class__ is list and not outcome.nodes else outcome.nodes
         outcome = data if outcome.ok else CommandError(outcome.code, outcome.reason, data)
-    if isinstance(outcome, CommandError):
-        return "error", _json_error(outcome)
-    return "result", "OK" if outcome is None else outcome  # a client takes a falsy result for a failure
+    if not isinstance(outcome, CommandError):
+        return "result", "OK" if outcome is None else outcome  # a client takes a falsy result for a failure
+    error = {"code": outcome.code, "message": outcome.reason}
+    if isinstance(outcome, _Fault):
+        error = {"code": outcome.json_code, "message": outcome.json_message}
+    return "error", error if outcome.data is None else {**error, "data": outcome.data}
 
 
 # ----------------------------------------------------------------- commands ----
@@ -647,19 +619,15 @@ def _convert(kind: Any, optional: bool, value: Any) -> Any:
 
     A number without a fraction is an int, 0 and 1 are truth values; None, and "" but for str, are for Optional alone.
     """
+    if value.__class__ is kind:
+        return value
+    if optional and (value is None or value == ""):
+        return None
     if value.__class__ is str:
-        if kind is str:
-            return value
-        if optional and not value:
-            return None
         if kind is bool:
             return TRUTH[value.lower()]
         if "_" in value:  # Python's own notation
             raise ValueError(value)
-    elif optional and value is None:
-        return None
-    elif value.__class__ is bool and kind is bool:
-        return value
     elif value.__class__ not in (int, float) or (kind is bool and value not in (0, 1)) or (kind is int and value % 1):
         raise ValueError(value)
     converted: Any = kind(value)
@@ -668,34 +636,34 @@ def _convert(kind: Any, optional: bool, value: Any) -> Any:
     return converted
 
 
-def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[type, bool] | None:
-    """Return (int, float, bool or str; whether Optional), or None for any other annotation."""
-    if annotation in (inspect.Parameter.empty, "Any"):
-        return None
-    if isinstance(annotation, str) and "|" in annotation:  # which has no meaning on Python 3.9
-        annotation = f"Union[{annotation.replace('|', ',')}]"
+_CONVERTED: dict[Any, tuple[type, bool]] = {  # by annotation: what a value becomes, and whether it is Optional
+    annotation: (kind, annotation is not kind)
+    for kind in (int, float, bool, str)
+    for annotation in (kind, typing.Optional[kind])
+}
+
+
+def _read_annotations(function: Any, parameters: list[inspect.Parameter]) -> dict[str, tuple[type, bool]]:
+    """Return what is in _CONVERTED for those of the PARAMETERS that are annotated so."""
     plain: Any = inspect.unwrap(function)
     while isinstance(plain, functools.partial):
         plain = plain.func
     scope = getattr(plain, "__globals__", None) or getattr(type(plain).__call__, "__globals__", {})
-    names = {**scope, "Union": typing.Union}
-    holder = type("_", (), {"__annotations__": {"parameter": annotation}})
-    try:
-        annotation = typing.get_type_hints(holder, names, names)["parameter"]
-    except Exception:
-        return None  # a name known to type checkers alone
-    for kind in (int, float, bool, str):
-        if annotation in (kind, typing.Optional[kind]):
-            return kind, annotation is not kind
-    return None
+    known = {}
+    for parameter in parameters:
+        with contextlib.suppress(Exception):  # any other annotation, or one that only type checkers can read
+            annotation = parameter.annotation
+            if isinstance(annotation, str):  # where | has no meaning on Python 3.9
+                options = annotation.strip("'\"").replace("|", ",")
+                annotation = eval(f"Union[{options}]", {**scope, "Union": typing.Union})
+            known[parameter.name] = _CONVERTED[annotation]
+    return known
 
 
 class Command:
     """One registered command, and how arguments bind to its function."""
 
-    def __init__(
-        self, name: str, function: Callable[..., Any], pass_request: bool, read_only: bool, core: bool = False
-    ) -> None:
+    def __init__(self, name: str, function: Any, pass_request: bool, read_only: bool, core: bool = False) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"([^:\n]+:)?[^:\n]+", name):
             raise ParameterError(f"command name {name!a}: NAME or GROUP:NAME is allowed, without line breaks")
         self.name = name
@@ -711,7 +679,7 @@ class Command:
         self._by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self._first = int(pass_request)  # how many of the values by position are ours
         self.parameters = parameters[self._first :]
-        self._kinds = {p.name: known for p in self.parameters if (known := _annotated(function, p.annotation))}
+        self._kinds = _read_annotations(function, self.parameters)
         self._plan = functools.lru_cache(maxsize=16)(self._plan_call)  # of the last shapes: no peer fills the memory
         self.ready: dict[str, set[int]] = {"line": set(), "json": set()}  # numbers of values that need no bind()
 
@@ -749,15 +717,12 @@ class Command:
 
     def split_arguments(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
         """Split the arguments of the line dialect into values by position and by name."""
-        values: list[Any] = []
-        named: dict[str, Any] = {}
-        for name, value in arguments:
-            if not name:
-                values.append(value)
-            elif name in named and name in self._by_name:
+        values = [value for name, value in arguments if not name]
+        named = {name: value for name, value in arguments if name}
+        if len(values) + len(named) < len(arguments):  # a name is repeated, as is allowed under **names
+            names = [name for name, _ in arguments]
+            if any([names.count(name) > 1 for name in self._by_name]):
                 raise _Fault("bad_arguments", "Named parameters do not match")
-            else:
-                named[name] = value
         return values, named
 
     def overloads(self) -> list[list[str]]:
@@ -798,8 +763,7 @@ class Counter:
 
     def reset(self) -> None:
         """Count from zero again."""
-        with self._lock:
-            self._others = -next(self._ones) - 1
+        self.add(-self())
 
     def __call__(self) -> int:
         with self._lock:
@@ -1107,8 +1071,7 @@ class JsonCall(Call):
 
     def __init__(self, exchange: Exchange, call: Any = None) -> None:
         self.exchange = exchange
-        self.id = _json_id(call)
-        self.is_call = _is_call(call)
+        self.is_call, self.id = _check_call(call)
         self.is_notification = self.is_call and "id" not in call
 
     def answer(self, call: Any) -> Any:
@@ -1140,10 +1103,10 @@ class JsonCall(Call):
         except Exception as error:  # what JSON cannot say
             return self.format(exchange.record_error(exchange.convert_error("reply", error), self.name))
         if len(text) > limit:
-            value = _json_error(exchange.too_long(len(text), self.name))
-            text = self._write("error", value, self.id)
+            member, value = _json_member(exchange.too_long(len(text), self.name))
+            text = self._write(member, value, self.id)
             if len(text) > limit:
-                text = self._write("error", value, None)
+                text = self._write(member, value, None)
         return text
 
     def _write(self, member: str, value: Any, call_id: Any) -> str:
@@ -3151,8 +3114,7 @@ class Client:
 
     def _read_answer(self, reply: bytes) -> Any:
         """Return the answer to the present call; an error may have lost its id."""
-        _check_nesting(reply)
-        answer = json.loads(reply)
+        answer = _parse_json(reply)
         if isinstance(answer, dict) and answer.get("id") in (self._last_id, None):
             error = answer.get("error")
             if "result" in answer or (isinstance(error, dict) and error.keys() >= {"code", "message"}):

@@ -324,7 +324,7 @@ REFUSED = [  # what no request can carry: command, values, names; and how the re
     ("", [], {}, "''"), ("a:b", [], {}, "'a:b'"), ("\ud800", [], {}, r"'\ud800'"), ("c", [" x\\"], {}, r"' x\\'"),
     ("c", [], {" n": "v"}, "' n'"), ("c", [], {"n:": "v"}, "'n:'"), ("c", [], {"n::m": "v"}, "'n::m'"),
     ("c", [], {'"n"': "v"}, "'\"n\"'"), ("c", [], {"n\nm": "v"}, r"'n\nm'"), ("c", ["\udcc3\udca9"], {}, r"\udcc3"),
-    ("c", [], {"n": "\udfff"}, r"'\udfff'"), ("c", [], {"\ud800": "v"}, r"'\ud800'"),
+    ("c", [], {"n": "\udfff"}, r"\udfff"), ("c", [], {"\ud800": "v"}, r"\ud800"),
 ]  # fmt: skip
 INVALID = '{V, "error": {"code": -32600, "message": "Invalid Request"}, "id": null}'
 NOT_JSON = '{V, "error": {"code": -32700, "message": "Parse error"}, "id": null}'
