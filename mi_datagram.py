@@ -291,10 +291,10 @@ class Peer:
 
 @dataclasses.dataclass
 class Request:
-    """One call of a command.
+    """One call of a command; `dialect` is "line" or "json".
 
-    `arguments` has (name, value) pairs in order and as sent, with the name "" for a value by
-    position; `peer` is None where the request came through no socket; `dialect` is "line" or "json".
+    `arguments` has (name, value) pairs in order and as sent, with the name "" for a value by position; `peer` is None
+    where the request came through no socket.
     """
 
     command: str
@@ -697,8 +697,7 @@ class Command:
 
         Each place is bound to itself. Raises a _Fault where Python would refuse the call.
         """
-        # A name that is nobody's is bound under one that cannot be: up to Python 3.12 bind() takes
-        # one that is for **names for the parameter by position alone that is called so.
+        # Names for **names are marked: up to Python 3.12 bind() takes them for parameters by position alone as well.
         named = {name if name in self._by_name else f"*{name}": name for name in names}
         try:
             bound = self._signature.bind(*range(-self._first, count), **named).arguments
@@ -735,13 +734,12 @@ class Command:
         """Write the call as a line to type: required parameters bare, others in brackets, types where there are."""
         words = [self.name]
         for p in self.parameters:
-            is_star = p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-            word = "NAME::VALUE" if p.kind is p.VAR_KEYWORD else p.name.upper()
+            word = p.name.upper() if p.kind is not p.VAR_KEYWORD else "NAME::VALUE"
+            word = f"{p.name}::{word}" if p.kind is p.KEYWORD_ONLY else word
             kind, _ = self._kinds.get(p.name, (str, False))
             word += "" if kind is str else f":{kind.__name__}"
-            word = f"{p.name}::{word}" if p.kind is p.KEYWORD_ONLY else word
-            word = f"[{word}]" if is_star or p.default is not p.empty else word
-            words.append(f"{word}..." if is_star else word)
+            dots = "..." if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else ""
+            words.append(f"[{word}]{dots}" if dots or p.default is not p.empty else word)
         return " ".join(words)
 
 
@@ -767,9 +765,8 @@ class Counter:
 
     def __call__(self) -> int:
         with self._lock:
-            ones = next(self._ones)
             self._others -= 1
-            return ones + self._others + 1
+            return next(self._ones) + self._others + 1
 
 
 # -------------------------------------------------------------------- calls ----
