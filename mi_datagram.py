@@ -610,14 +610,13 @@ def _json_member(outcome: Any) -> tuple[str, Any]:
 
 # ----------------------------------------------------------------- commands ----
 
-# The clients of JSON-RPC know no types: one sends every parameter as a string, another every digit as a number.
 TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def _convert(kind: Any, optional: bool, value: Any) -> Any:
     """Convert a text or JSON data to int, float, bool or str, or raise LookupError, ValueError or OverflowError.
 
-    A number without a fraction is an int, 0 and 1 are truth values; None, and "" but for str, are for Optional alone.
+    Some clients of JSON-RPC know no types: they send every parameter as a string, or every digit as a number.
     """
     if value.__class__ is kind:
         return value
