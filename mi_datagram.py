@@ -56,7 +56,7 @@ import time
 import traceback
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -553,31 +553,37 @@ def _json_encoder(indent: str | None) -> Callable[[Any], str]:
     """Return the encoder for compact replies (None) or for indented ones; JSON is indented by white space alone."""
     indent = "\t" if indent and indent.strip(" \t") else indent
     separators = (",", ":") if indent is None else (",", ": ")
-    encode = json.JSONEncoder(allow_nan=False, indent=indent, separators=separators).encode
+    encode = json.JSONEncoder(allow_nan=False, default=_plain, indent=indent, separators=separators).encode
 
     def write(value: Any) -> str:
         try:
             return encode(value)
-        except TypeError:  # json itself knows less than a command may return
-            return encode(_plain(value))
+        except TypeError:
+            return encode(_spell_out(value))
 
     return write
 
 
 def _plain(value: Any) -> Any:
-    """Convert all that json does not know, as the line dialect does."""
+    """Convert what json does not know by itself, as the line dialect does; refuse what can be read only once."""
+    if isinstance(value, Iterator):
+        raise TypeError("an iterator")
     if isinstance(value, Node):
         parts = {"value": value.value, "attributes": dict(value.attributes), "children": value.children}
         parts = {key: part for key, part in parts.items() if part or (key == "value" and part is not None)}
         content = parts if len(parts) > 1 else next(iter(parts.values()), None)
-        return _plain(content if value.name is None else {value.name: content})
+        return content if value.name is None else {value.name: content}
     convert = _container(value.__class__)
-    if convert is None:
-        return value if isinstance(value, _SCALARS) else _text(value)
-    value = convert(value)
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return {name if isinstance(name, _SCALARS) else _text(name): _plain(one) for name, one in value.items()}
+    return convert(value) if convert else _text(value)
+
+
+def _spell_out(value: Any) -> Any:
+    """Convert all that json does not know: iterators, and the names of a mapping, too."""
+    if not isinstance(value, (dict, list, tuple, *_SCALARS)):
+        return _spell_out(list(value) if isinstance(value, Iterator) else _plain(value))
+    if isinstance(value, dict):
+        return {name if isinstance(name, _SCALARS) else _text(name): _spell_out(one) for name, one in value.items()}
+    return [_spell_out(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check_call(call: Any) -> tuple[bool, Any]:
@@ -715,12 +721,15 @@ class Command:
 
     def split_arguments(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
         """Split the arguments of the line dialect into values by position and by name."""
-        values = [value for name, value in arguments if not name]
-        named = {name: value for name, value in arguments if name}
-        if len(values) + len(named) < len(arguments):  # a name is repeated, as is allowed under **names
-            names = [name for name, _ in arguments]
-            if any([names.count(name) > 1 for name in self._by_name]):
+        values: list[Any] = []
+        named: dict[str, Any] = {}
+        for name, value in arguments:
+            if not name:
+                values.append(value)
+            elif name in named and name in self._by_name:
                 raise _Fault("bad_arguments", "Named parameters do not match")
+            else:
+                named[name] = value
         return values, named
 
     def overloads(self) -> list[list[str]]:
