@@ -6,11 +6,8 @@ See which thread hangs, flush a cache, change the log level, over a UNIX datagra
 asks, one answers, in the line dialect of the SIP servers Kamailio and OpenSIPS or in JSON-RPC 2.0: their clients
 work with it unchanged.
 
-    :cache_flush:\\n            {"jsonrpc":"2.0","method":"cache_flush",
-    zone::all\\n                 "params":{"zone":"all"},"id":1}
-
-    200 OK\\n                   {"jsonrpc":"2.0",
-    Flushed:: 12\\n              "result":{"Flushed":12},"id":1}
+    :cache_flush:\\nzone::all\\n  {"jsonrpc":"2.0","method":"cache_flush","params":{"zone":"all"},"id":1}
+    200 OK\\nFlushed:: 12\\n      {"jsonrpc":"2.0","result":{"Flushed":12},"id":1}
 
 Copy this one file into a project and write:
 
@@ -291,10 +288,9 @@ class Peer:
 
 @dataclasses.dataclass
 class Request:
-    """One call of a command; `dialect` is "line" or "json".
+    """One call of a command, in the `dialect` "line" or "json"; `peer` is None where it came through no socket.
 
-    `arguments` has (name, value) pairs in order and as sent, with the name "" for a value by position; `peer` is None
-    where the request came through no socket.
+    `arguments` has (name, value) pairs in order and as sent, with the name "" for a value by position.
     """
 
     command: str
@@ -304,10 +300,7 @@ class Request:
     _call: Call | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def defer(self, timeout: float = DEFER_TIMEOUT) -> Deferred:
-        """Answer later: the command returns what this returns, and whoever holds it replies.
-
-        After `timeout` ms nothing is sent any more; that is logged and counted.
-        """
+        """Answer later: the command returns what this returns; whoever holds it replies, in `timeout` ms or never."""
         if not 0 <= timeout < math.inf:
             raise ParameterError(f"timeout {timeout!a}: a finite number of ms is allowed")
         if self._call is None:
@@ -381,10 +374,7 @@ def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
 
 
 def format_request(command: str, /, *values: object, **named: object) -> bytes:
-    """Write a request of the line dialect, each value quoted where it needs to be.
-
-    Raises RequestError, naming the culprit, for what the grammar cannot carry.
-    """
+    """Write a request of the line dialect, quoted where needed; raise RequestError for what it cannot carry."""
     return _format_request(command, [("", value) for value in values] + list(named.items()))
 
 
@@ -620,10 +610,7 @@ TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 
 
 def _convert(kind: Any, optional: bool, value: Any) -> Any:
-    """Convert a text or JSON data to int, float, bool or str, or raise LookupError, ValueError or OverflowError.
-
-    Some clients of JSON-RPC know no types: they send every parameter as a string, or every digit as a number.
-    """
+    """Convert a text, or JSON data of clients that know no types; raise LookupError, ValueError or OverflowError."""
     if value.__class__ is kind:
         return value
     if optional and (value is None or value == ""):
@@ -698,11 +685,9 @@ class Command:
                 raise _Fault("bad_parameters", f"Bad type for parameter '{parameter}'") from None
 
     def _plan_call(self, count: int, names: tuple[str, ...], dialect: str) -> list[tuple[Any, str, type, bool]]:
-        """List (index or name, parameter, type, whether Optional) of what is to be converted in calls of this shape.
-
-        Each place is bound to itself. Raises a _Fault where Python would refuse the call.
-        """
-        # Names for **names are marked: up to Python 3.12 bind() takes them for parameters by position alone as well.
+        """List (index or name, parameter, type, whether Optional) of what such calls convert, or raise a _Fault."""
+        # Each place is bound to itself, and one for **names is marked: up to Python 3.12 bind() takes its name for that
+        # of a parameter by position alone.
         named = {name if name in self._by_name else f"*{name}": name for name in names}
         try:
             bound = self._signature.bind(*range(-self._first, count), **named).arguments
