@@ -647,7 +647,7 @@ def _read_annotations(function: Any, parameters: list[inspect.Parameter]) -> dic
             annotation = parameter.annotation
             if isinstance(annotation, str):  # where | has no meaning on Python 3.9
                 options = annotation.strip("'\"").replace("|", ",")
-                annotation = eval(f"Union[{options}]", {**scope, "Union": typing.Union})
+                annotation = eval(f"Union[{options}]", scope, {"Union": typing.Union})
             known[parameter.name] = _CONVERTED[annotation]
     return known
 
