@@ -165,11 +165,11 @@ class _Fault(CommandError):
     """One of FAULTS, by the name of its statistic; `detail` is for the log alone, a silent one gets no reply."""
 
     def __init__(self, kind: str, data: str | None = None, detail: object = "", silent: bool = False) -> None:
-        code, reason, self.json_code, self.json_message = FAULTS[kind]
-        super().__init__(code, reason, data)
+        self.code, self.reason, self.json_code, self.json_message = FAULTS[kind]
+        self.data = data
         self.kind = kind
         self.detail = detail
-        self.silent = silent or not code
+        self.silent = silent or not self.code
 
 
 def _note(
@@ -599,26 +599,11 @@ def _json_encoder(indent: str | None) -> Callable[[Any], str]:
     return write
 
 
-def _json_id(call: Any) -> Any:
-    """Return the id to answer with: null where the call has none that the specification allows."""
-    value = call.get("id") if isinstance(call, dict) else None
-    return value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
-
-
-def _is_call(call: Any) -> bool:
-    """Whether CALL is a Request object of the specification's section 4."""
-    return (
-        isinstance(call, dict)
-        and call.get("jsonrpc") == "2.0"
-        and isinstance(call.get("method"), str)
-        and isinstance(call.get("params", []), (list, dict))
-        and _json_id(call) == call.get("id")
-    )
-
-
-def _is_answer(call: Any) -> bool:
-    """Whether CALL is somebody's answer; answering those would set two servers against each other."""
-    return isinstance(call, dict) and "method" not in call and ("result" in call or "error" in call)
+def _is_answer(document: Any) -> bool:
+    """Whether a document is, or has, somebody's answer; answering those would set two servers against each other."""
+    if isinstance(document, list):
+        return any(map(_is_answer, document))
+    return isinstance(document, dict) and "method" not in document and ("result" in document or "error" in document)
 
 
 def _json_error(error: CommandError) -> dict[str, Any]:
@@ -844,48 +829,43 @@ class Deferred:
 class OpenReplies:
     """The Deferreds that have no reply yet: MAX_OPEN at most, each dropped at its deadline.
 
-    `on_sooner` is called when a deadline is added that comes before all others.
+    `on_change` is called when there is a new deadline.
     """
 
-    def __init__(self, on_sooner: Callable[[], object] = lambda: None) -> None:
-        self._on_sooner = on_sooner
-        self._lock = threading.Lock()
+    def __init__(self, on_change: Callable[[], object] = lambda: None) -> None:
+        self._on_change = on_change
+        self.lock = threading.Lock()  # also of the batches with such a reply
         self._open: set[Deferred] = set()
-        self._next = math.inf  # the first deadline, or a time before it
 
     def __len__(self) -> int:
         return len(self._open)
 
     def add(self, deferred: Deferred) -> None:
         """Add a Deferred, or see to its new deadline; raise a _Fault if there are too many."""
-        self.drop_late(time.monotonic())
-        with self._lock:
+        if len(self._open) >= MAX_OPEN:
+            self.drop_late(time.monotonic())
+        with self.lock:
             if len(self._open) >= MAX_OPEN and deferred not in self._open:
                 raise _Fault("too_many_open")
             self._open.add(deferred)
-            is_sooner = deferred.deadline < self._next
-            self._next = min(self._next, deferred.deadline)
-        if is_sooner:
-            self._on_sooner()
+        self._on_change()
 
     def discard(self, deferred: Deferred) -> None:
-        with self._lock:
+        with self.lock:
             self._open.discard(deferred)
 
     def drop_late(self, now: float) -> float:
         """Drop what is late at the time NOW; return the next deadline."""
-        late = []
-        if now >= self._next or now == math.inf:
-            with self._lock:
-                late = [deferred for deferred in self._open if deferred.deadline <= now]
-                self._open.difference_update(late)
-                self._next = min([deferred.deadline for deferred in self._open], default=math.inf)
+        with self.lock:
+            late = [deferred for deferred in self._open if deferred.deadline <= now]
+            self._open.difference_update(late)
+            deadline = min([deferred.deadline for deferred in self._open], default=math.inf)
         for deferred in late:
             try:
                 deferred.drop()
             except Exception as error:  # of whoever sends; the others are to be dropped all the same
                 _note(logging.ERROR, "a late reply was not sent", error=error)
-        return self._next
+        return deadline
 
 
 class Step:
@@ -955,13 +935,13 @@ class Call:
         return outcome if is_answer else self._decide(outcome, request)
 
     def _convert_error(self, error: BaseException) -> CommandError:
-        """Convert an exception to the error that the peer may see: the command's own, or only that it failed."""
+        """Return the error that the peer may see of an exception; a forked process of the command's ends with it."""
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise error  # the user's Ctrl-C, not the command's
         is_forked = self.exchange.service.is_forked
         if is_forked and isinstance(error, SystemExit):
             os._exit(error.code if isinstance(error.code, int) else bool(error.code))
-        failure = self.exchange.convert_error(self.name, error)
+        failure = self.exchange.failure("command", self.name, error)
         if is_forked:
             os._exit(1)
         return failure
@@ -1022,7 +1002,7 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
             deferred.drop()
             raise
         except BaseException as error:  # SystemExit included: it would end the program's loop
-            outcome = call.exchange.convert_error(call.name, error)
+            outcome = call.exchange.failure("command", call.name, error)
         finally:
             request._call = None  # from now on nothing can be deferred
         if not isinstance(outcome, Deferred):  # which answers in its own time
@@ -1057,10 +1037,10 @@ class LineCall(Call):
             first_line, separator, rest = data.partition(b"\n")
             command = service.interface.first_lines.get(first_line.decode("latin-1"))
             if command is None or not separator or len(data) > service.limit:
-                self._refuse(data)
-            self.name = command.name
-            if service.authorize is not None:
+                command = self._find(data)
+            elif service.authorize is not None:
                 exchange.authorize(command.name)
+            self.name = command.name
             text = rest.decode("utf-8", "surrogateescape")
             if "::" in text or '"' in text:
                 sent = _parse_arguments(command.name, text)
@@ -1068,14 +1048,12 @@ class LineCall(Call):
             else:  # by position alone and not quoted, as most are: read in half the time
                 values = [value for line in text.split("\n") if (value := line.strip(WHITE))]
                 outcome = self.run(command, values, {})
-        except RequestError as error:
-            outcome = exchange.record_error(_Fault("parse_errors", detail=error), self.name)
-        except CommandError as error:
+        except (CommandError, RequestError) as error:
             outcome = exchange.record_error(error, self.name)
         return None if outcome is PENDING else self.format(outcome)
 
-    def _refuse(self, data: bytes) -> typing.NoReturn:
-        """Raise what is wrong with a datagram that calls no command."""
+    def _find(self, data: bytes) -> Command:
+        """Return the command that a datagram calls; raise what is wrong with one that calls none."""
         exchange = self.exchange
         if len(data) > exchange.service.limit:
             exchange.refuse("too_long_requests", f"more than {exchange.service.limit} bytes")
@@ -1083,21 +1061,19 @@ class LineCall(Call):
             self.name, _ = _parse_first_line(data)
         except RequestError as error:
             exchange.refuse("invalid_requests", error)
-        exchange.authorize(self.name)
-        exchange.service.interface.find(self.name, "line")
-        raise _Fault("unknown_commands")
+        return exchange.find(self.name, "line")
 
     def format(self, outcome: Any) -> bytes | None:
         exchange = self.exchange
         if isinstance(outcome, CommandError):
             if isinstance(outcome, _Fault) and outcome.silent:
                 return None
-            outcome = Reply(outcome.code, outcome.reason)
+            outcome = Reply(outcome.code, outcome.reason, None)
         try:
             reply = format_reply(outcome, exchange.service.indent)
         except Exception as error:  # a value whose str() raises, a tree without an end, a reason that has no bytes
-            return self.format(exchange.record_error(exchange.convert_error("reply", error), self.name))
-        return reply if len(reply) <= exchange.service.limit else self.format(exchange.too_long(len(reply), self.name))
+            return self.format(exchange.record_error(exchange.failure("reply of", self.name, error), self.name))
+        return reply if len(reply) <= exchange.service.limit else self.format(exchange.too_long(reply, self.name))
 
 
 class JsonCall(Call):
@@ -1107,22 +1083,26 @@ class JsonCall(Call):
 
     def __init__(self, exchange: Exchange, call: Any = None) -> None:
         self.exchange = exchange
-        self.id = _json_id(call)
-        self.is_call = _is_call(call)
-        self.is_notification = self.is_call and "id" not in call
+        members = call if isinstance(call, dict) else {}
+        given = members.get("id")
+        self.id = given if isinstance(given, (str, int, float)) and given.__class__ is not bool else None
+        self.is_call = (  # a Request object of the specification's section 4
+            members.get("jsonrpc") == "2.0"
+            and isinstance(members.get("method"), str)
+            and isinstance(members.get("params", ()), (list, dict, tuple))
+            and self.id == given
+        )
+        self.is_notification = self.is_call and "id" not in members
 
     def answer(self, call: Any) -> Any:
-        """Return the answer as text, None where there is none, PENDING where it comes later."""
+        """Return the answer, None where there is none, PENDING where it comes later."""
         exchange = self.exchange
         try:
             if not self.is_call:
                 exchange.refuse("invalid_requests", "no Request object")
             self.name = call["method"]
-            try:
-                command = exchange.service.interface.find(self.name, "json")
-                self.name = command.name
-            finally:  # a peer that may not ask does not learn either that there is no such command
-                exchange.authorize(self.name)
+            command = exchange.find(self.name, "json")
+            self.name = command.name
             params = call.get("params", ())
             values, named = ([], dict(params)) if isinstance(params, dict) else ([*params], {})
             outcome = self.run(command, values, named)
@@ -1130,29 +1110,29 @@ class JsonCall(Call):
             outcome = exchange.record_error(error, self.name)
         return PENDING if outcome is PENDING else self.format(outcome)
 
-    def format(self, outcome: Any) -> str | None:
+    def format(self, outcome: Any) -> bytes | None:
         exchange, limit = self.exchange, self.exchange.service.limit
         if self.is_notification or (isinstance(outcome, _Fault) and outcome.silent):
             return None
         member, value = _json_member(outcome)
         try:
-            text = self._write(member, value, self.id)
+            reply = self._write(member, value, self.id)
         except Exception as error:  # what JSON cannot say
-            return self.format(exchange.record_error(exchange.convert_error("reply", error), self.name))
-        if len(text) > limit:
-            value = _json_error(exchange.too_long(len(text), self.name))
-            text = self._write("error", value, self.id)
-            if len(text) > limit:
-                text = self._write("error", value, None)
-        return text
+            return self.format(exchange.record_error(exchange.failure("reply of", self.name, error), self.name))
+        if len(reply) > limit:
+            value = _json_error(exchange.too_long(reply, self.name))
+            reply = self._write("error", value, self.id)
+            if len(reply) > limit:
+                reply = self._write("error", value, None)
+        return reply
 
-    def _write(self, member: str, value: Any, call_id: Any) -> str:
+    def _write(self, member: str, value: Any, call_id: Any) -> bytes:
         indent = self.exchange.service.json_indent
         encode = _json_encoder(indent)
         if indent is None:
             written = call_id if call_id.__class__ is int else encode(call_id)
-            return f'{{"jsonrpc":"2.0","{member}":{encode(value)},"id":{written}}}'
-        return encode({"jsonrpc": "2.0", member: value, "id": call_id})
+            return f'{{"jsonrpc":"2.0","{member}":{encode(value)},"id":{written}}}'.encode()
+        return encode({"jsonrpc": "2.0", member: value, "id": call_id}).encode()
 
 
 class Exchange:
@@ -1165,9 +1145,7 @@ class Exchange:
 
     service: Service
     step: Any = None  # what runs now and may wait: a Step or a Command
-    call: JsonCall | None = None  # in JSON: what answers for the whole datagram where a reply does not fit
     batch: dict[JsonCall, Any] | None = None  # the answer to each call of a JSON array, PENDING until it is there
-    lock: Any = contextlib.nullcontext()  # of the batch: a lock once a call of it was deferred
 
     def __init__(self, service: Service, peer: Peer | None, send: Callable[[bytes], object] | None) -> None:
         self.service = service
@@ -1186,7 +1164,7 @@ class Exchange:
         pass
 
     def keep_open(self) -> None:
-        self.__dict__.setdefault("lock", threading.Lock())
+        pass
 
     def answer(self, data: bytes) -> bytes | None:
         """Return the reply to the datagram; None where there is none, or not yet."""
@@ -1206,14 +1184,17 @@ class Exchange:
         try:
             document = self._parse_json(data)
         except CommandError as error:
-            self.call = JsonCall(self)
-            answer = self.call.format(self.record_error(error, ""))
-        else:
-            if document.__class__ is list:
-                return self._answer_batch(document)
-            self.call = JsonCall(self, document)
-            answer = self.call.answer(document)
-        return None if answer is None or answer is PENDING else answer.encode()
+            return JsonCall(self).format(self.record_error(error, ""))
+        if document.__class__ is not list:
+            answer: bytes | None = JsonCall(self, document).answer(document)
+            return None if answer is PENDING else answer
+        calls = [JsonCall(self, call) for call in document]
+        self.batch = dict.fromkeys(calls, PENDING)
+        for call, sent in zip(calls, document):
+            answer = call.answer(sent)
+            if answer is not PENDING and self._is_last(call, answer):
+                return self._join()
+        return None
 
     def _parse_json(self, data: bytes) -> Any:
         """Return the call, or the list of 1 to BATCH calls."""
@@ -1226,52 +1207,40 @@ class Exchange:
             document = _parse_json(data)
         except (ValueError, RecursionError) as error:
             self.refuse("parse_errors", error)
-        calls = document if document.__class__ is list else [document]
-        if any([_is_answer(call) for call in calls]):
+        if _is_answer(document):
             raise _Fault("not_requests", detail="an answer")
-        if not 1 <= len(calls) <= BATCH:
-            self.refuse("invalid_requests", f"{len(calls)} calls, 1 to {BATCH} allowed")
+        if document.__class__ is list and not 1 <= len(document) <= BATCH:
+            self.refuse("invalid_requests", f"{len(document)} calls, 1 to {BATCH} allowed")
         return document
 
-    def _answer_batch(self, document: list[Any]) -> bytes | None:
-        self.call = JsonCall(self)
-        calls = [JsonCall(self, call) for call in document]
-        self.batch = dict.fromkeys(calls, PENDING)
-        for call, sent in zip(calls, document):
-            answer = call.answer(sent)
-            if answer is not PENDING and self._is_last(call, answer):
-                return self._join()
-        return None
-
-    def _is_last(self, call: JsonCall, answer: str | None) -> bool:
+    def _is_last(self, call: Any, answer: bytes | None) -> bool:
         """Put ANSWER into the batch; return whether all are there now."""
         assert self.batch is not None
-        with self.lock:
+        with self.service.open_replies.lock:
             self.batch[call] = answer
             return PENDING not in self.batch.values()
 
     def _join(self) -> bytes | None:
         """Return the reply to the batch, if its answers fit together."""
-        assert self.batch is not None and self.call is not None
+        assert self.batch is not None
         answers = [answer for answer in self.batch.values() if answer is not None]
-        text = f"[{','.join(answers)}]" if answers else None
-        if text is not None and len(text) > self.service.limit:
-            text = self.call.format(self.too_long(len(text), ""))
-        return None if text is None else text.encode()
+        reply = b"[%s]" % b",".join(answers)
+        if len(reply) > self.service.limit:
+            return JsonCall(self).format(self.too_long(reply, ""))
+        return reply if answers else None
 
-    def complete(self, call: Any, answer: Any) -> None:
+    def complete(self, call: Call, answer: bytes | None) -> None:
         """Take the late answer of a call; send the reply if there is one now."""
         if self.batch is None:
-            self.send(answer.encode() if isinstance(answer, str) else answer)
+            self.send(answer)
         elif self._is_last(call, answer):
             self.send(self._join())
 
     def replace_too_large(self, reply: bytes) -> bytes | None:
         """Return what to send in place of a reply that is too large for the system; None if that is no help."""
-        call: Call = self.call or LineCall()
+        call: Call = JsonCall(self, json.loads(reply)) if _is_json(reply) else LineCall()
         call.exchange = self
-        answer = call.format(self.too_long(len(reply), ""))
-        shorter = answer.encode() if isinstance(answer, str) else answer
+        shorter: bytes | None = call.format(self.too_long(reply, ""))
         return shorter if shorter is not None and len(shorter) < len(reply) else None
 
     def run_slow(self, step: Any, function: Callable[..., Any], /, *values: Any, **named: Any) -> Any:
@@ -1282,6 +1251,16 @@ class Exchange:
             return function(*values, **named)
         finally:
             step.slow = time.monotonic() - started > TICK
+
+    def find(self, name: str, dialect: str) -> Command:
+        """Return the command that NAME means; a peer that may not run it does not learn if there is one."""
+        try:
+            command = self.service.interface.find(name, dialect)
+        except _Fault:
+            self.authorize(name)
+            raise
+        self.authorize(command.name)
+        return command
 
     def authorize(self, name: str) -> None:
         """Raise the fault "forbidden" unless this peer may run the command NAME, which need not exist."""
@@ -1294,7 +1273,7 @@ class Exchange:
             if self.run_slow(step, authorize, peer, name) if step.slow else authorize(peer, name):
                 return
         except Exception as error:
-            self.log_failure(f"authorize of {name[:DETAIL]!a} failed, so it is refused", error)
+            self.failure("authorize of", name, error)
         raise _Fault("forbidden", detail=name, silent=self.service.silent)
 
     def refuse(self, kind: str, detail: object) -> typing.NoReturn:
@@ -1302,8 +1281,18 @@ class Exchange:
         self.authorize("")
         raise _Fault(kind, detail=detail)
 
-    def record_error(self, error: CommandError, name: str) -> CommandError:
-        """Count and log what went wrong in the command NAME; return it."""
+    def failure(self, what: str, name: str, error: BaseException) -> CommandError:
+        """Return the error that the peer may see: a CommandError; of any other only that it failed, and log it."""
+        if isinstance(error, CommandError):
+            return error
+        if self.service.interface.log_limit.allows("failures"):
+            self.log(logging.ERROR, "%s %a failed", what, name[:DETAIL], error=error)
+        return _Fault("failed_commands", detail=type(error).__name__)
+
+    def record_error(self, error: CommandError | RequestError, name: str) -> CommandError:
+        """Count and log what went wrong in the command NAME; return it as the error that the peer may see."""
+        if isinstance(error, RequestError):
+            error = _Fault("parse_errors", detail=error)
         kind = error.kind if isinstance(error, _Fault) else "command_errors"
         self.service.interface.count(kind)
         level = logging.INFO if kind in ("command_errors", "not_requests") else logging.WARNING
@@ -1315,20 +1304,10 @@ class Exchange:
             self.log(level, "%a from %s: %s: %a", name[:DETAIL], self.peer, kind, detail[:DETAIL])
         return error
 
-    def convert_error(self, name: str, error: BaseException) -> CommandError:
-        """Return the error that the peer may see; log any exception that is not a CommandError."""
-        if isinstance(error, CommandError):
-            return error
-        self.log_failure(f"command {name[:DETAIL]!a} failed", error)
-        return _Fault("failed_commands", detail=type(error).__name__)
-
-    def too_long(self, length: int, name: str) -> CommandError:
-        fault = _Fault("too_long_replies", detail=f"{length} bytes, {self.service.limit} allowed")
+    def too_long(self, reply: bytes, name: str) -> CommandError:
+        """Record that a reply is too long; return the error to send instead."""
+        fault = _Fault("too_long_replies", detail=f"{len(reply)} bytes, {self.service.limit} allowed")
         return self.record_error(fault, name)
-
-    def log_failure(self, text: str, error: BaseException) -> None:
-        if self.service.interface.log_limit.allows("failures"):
-            self.log(logging.ERROR, "%s", text, error=error)
 
     def log(self, level: int, *arguments: Any, to: logging.Logger = log, **options: Any) -> None:
         """Log; while another thread receives, if the log waited last time."""
@@ -2416,7 +2395,6 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
         self.server.yield_lead()
 
     def keep_open(self) -> None:
-        super().keep_open()
         self.server.keep_open(self.request)
         self.request = (b"", *self.request[1:])  # what waits for its reply does not hold its datagram
 
