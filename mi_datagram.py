@@ -1518,18 +1518,15 @@ class Interface:
         kind: Any = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
         return kind(socket_name, self, **options)  # type: ignore[no-any-return]
 
-    def answer(
-        self, data: bytes, peer: Peer | None = None, send: Callable[[bytes], object] | None = None
-    ) -> bytes | None:
+    def answer(self, data: bytes, peer: Peer | None = None, send: Callable[[bytes], Any] | None = None) -> bytes | None:
         """Return the reply to one datagram of either dialect; None where there is none, or not yet: SEND gets that."""
         return Exchange(self._service, peer, send).answer(data)
 
     def use_counters(self, make: Callable[[], Counter]) -> None:
         """Count the service's own statistics with what MAKE makes, always asked in the same order."""
         self.statistics.update({f"mi_datagram:{kind}": make() for kind in (*COUNTERS, *FAULTS)})
-        self.statistics["mi_datagram:threads"] = lambda: sum(
-            [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
-        )
+        ours = "mi_datagram"
+        self.statistics[f"{ours}:threads"] = lambda: sum([t.name.startswith(ours) for t in threading.enumerate()])
         self.count_request = self.counter("mi_datagram:requests").add_one  # each request needs these two
         self.count_reply = self.counter("mi_datagram:replies").add_one
 
@@ -1544,10 +1541,10 @@ class Interface:
 # in OpenSIPS 4, which are here, and in Kamailio 5 as well.
 CORE = {
     "arg": "core:arg", "clear_statistics": "statistics:clear", "debug": "core:debug",
-    "get_statistics": "statistics:get", "help": "core:help", "kill": "core:kill",
-    "list_statistics": "statistics:list", "log_level": "core:log_level", "ps": "core:ps", "pwd": "core:pwd",
-    "reset_all_statistics": "statistics:reset_all", "reset_statistics": "statistics:reset",
-    "threads": "core:threads", "uptime": "core:uptime", "version": "core:version", "which": "core:which",
+    "get_statistics": "statistics:get", "help": "core:help", "kill": "core:kill", "list_statistics": "statistics:list",
+    "log_level": "core:log_level", "ps": "core:ps", "pwd": "core:pwd", "reset_all_statistics": "statistics:reset_all",
+    "reset_statistics": "statistics:reset", "threads": "core:threads", "uptime": "core:uptime",
+    "version": "core:version", "which": "core:which",
 }  # fmt: skip
 CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
 CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
@@ -1568,8 +1565,7 @@ KAMAILIO: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "system.methodHelp": ("help", "method_help", str),
 }  # fmt: skip
 
-# The levels of `logging` by the original's, as `debug` has them: -5 alert … -1 error, 0 warning, 1 notice, 2 info,
-# 3 debug; and by OpenSIPS's, as `log_level` has them: -3 alert … -1 error, 1 warning, 2 notice, 3 info, 4 debug.
+# The levels of `logging` by the numbers that `debug` has, which are the original's, and `log_level`, OpenSIPS's.
 DEBUG_LEVELS = {3: 10, 2: 20, 1: 25, 0: 30, -1: 40, -2: 50, -3: 51, -4: 52, -5: 53}
 LOG_LEVELS = {4: 10, 3: 20, 2: 25, 1: 30, 0: 35, -1: 40, -2: 50, -3: 51}
 
@@ -1839,8 +1835,7 @@ def _indent(name: str, value: Any) -> str:
     return value
 
 
-# Of every parameter but socket_name: its default, its check, which takes the parameter's own type
-# or text, and its meaning. The names and defaults are the original's.
+# Of every parameter but socket_name: its default, its check, which takes its own type or text, and its meaning.
 PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
     "children_count": (1, _between(1, 1024), "processes that serve the socket; python -m only"),
     "unix_socket_mode": (0o660, _mode, "permissions of the socket file; text is octal"),
@@ -1900,12 +1895,10 @@ def parse_socket_name(name: str | os.PathLike[str]) -> str | tuple[str, int]:
     if not isinstance(text, str):
         raise _wrong("socket_name", name, "a text is allowed")
     if text[:4].lower() == "udp:":
-        host, _, port = text[4:].rpartition(":")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        if not (host and port.isascii() and port.isdigit() and len(port) < 6 and int(port) <= 65535):
+        match = re.fullmatch(r"(?:\[(.+)\]|(.+)):([0-9]{1,5})", text[4:], re.DOTALL)
+        if not match or int(match[3]) > 65535:
             raise _wrong("socket_name", name, "udp:HOST:PORT is allowed, with a port from 0 to 65535")
-        return host, int(port)
+        return match[1] or match[2], int(match[3])
     try:
         path = os.fsencode(text)
     except UnicodeEncodeError:  # of a character that the locale lacks
