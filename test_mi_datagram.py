@@ -1318,19 +1318,6 @@ def test_ready_made_rules(folder):
             make(wrong)
 
 
-def test_names_of_sockets_and_looks_of_replies(folder):
-    """A path may be a PathLike, a link-local address keeps its scope, an indent is any text; parameters are typed."""
-    paths = [mi_datagram.parse_socket_name(Path(path)) for path in ("s", "/a/s", "udp:h:5")]
-    assert paths == ["./s", "/a/s", "./udp:h:5"]
-    assert mi_datagram.parse_socket_name("udp:[fe80::1%lo]:5") == ("fe80::1%lo", 5)
-    peers = [str(mi_datagram.Peer(("fe80::1", 5, 0, scope))) for scope in (0, 3)]
-    assert peers == ["udp:[fe80::1]:5", "udp:[fe80::1%3]:5"]
-    with interface().server(folder / "s", reply_indent="| ", pretty_printing=True) as server:
-        assert b"\n| " in ask(server, b":threads:\n")
-        assert rpc(None, "echo", [1], lambda request: ask(server, request)) == [1]
-    assert {*mi_datagram.Parameters.__annotations__} == {*mi_datagram.PARAMETERS}
-
-
 def test_refusals(name, caplog):
     """`authorize` is asked once per call, before lookup and binding; UNIX peers hear 403, UDP peers nothing."""
     asked, silent = [], name.startswith("udp:")
@@ -1470,18 +1457,15 @@ class FaultySocket(socket.socket):
         self.sending, self.receiving, self.is_full, self.lingers = [], [], False, 0
 
 
-def faulty(method, kind):
-    def call(self, *arguments):
-        if getattr(self, kind) or (self.is_full and kind == "sending"):
-            raise getattr(self, kind).pop(0) if getattr(self, kind) else BlockingIOError(errno.EAGAIN, "full")
-        done = getattr(super(FaultySocket, self), method)(*arguments)
-        pause(self.lingers * (kind == "sending"))
-        return done
-    return call
-
-
 for _method in ("sendto", "sendmsg", "recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into"):
-    setattr(FaultySocket, _method, faulty(_method, "sending" if "send" in _method else "receiving"))
+    def _call(self, *arguments, method=_method, is_sending="send" in _method):
+        errors = self.sending if is_sending else self.receiving
+        if errors or (self.is_full and is_sending):
+            raise errors.pop(0) if errors else BlockingIOError(errno.EAGAIN, "full")
+        done = getattr(super(FaultySocket, self), method)(*arguments)
+        pause(self.lingers * is_sending)
+        return done
+    setattr(FaultySocket, _method, _call)
 
 
 def send(server, sock, *requests):
@@ -1613,11 +1597,9 @@ def meanwhile(function, act, after=False):
         act()
         return result if after else real(*arguments, **named)
 
-    setattr(os, function, call)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, function, call)
         yield
-    finally:
-        setattr(os, function, real)
 
 
 @contextlib.contextmanager
@@ -1965,9 +1947,19 @@ def test_udp_names(given, name):
             interface().server(server.socket_name)
 
 
+def test_other_names():
+    """A path may be a PathLike, a link-local address keeps its scope."""
+    paths = [mi_datagram.parse_socket_name(Path(path)) for path in ("s", "/a/s", "udp:h:5")]
+    assert paths == ["./s", "/a/s", "./udp:h:5"]
+    assert mi_datagram.parse_socket_name("udp:[fe80::1%lo]:5") == ("fe80::1%lo", 5)
+    peers = [str(mi_datagram.Peer(("fe80::1", 5, 0, scope))) for scope in (0, 3)]
+    assert peers == ["udp:[fe80::1]:5", "udp:[fe80::1%3]:5"]
+
+
 def test_defaults_and_what_a_kind_of_server_cannot_have(folder):
     """What is not given is as in the original, socket_name apart; what this kind of server cannot have is refused."""
     assert mi_datagram.check_parameters({}) == DEFAULTS and Client("./s").timeout == 2000
+    assert {*mi_datagram.Parameters.__annotations__} == {*DEFAULTS}
     with pytest.raises(TypeError, match="socket_name"):
         interface().server()
     for name, parameter, value in (
@@ -1988,19 +1980,18 @@ def test_udp_for_everybody_is_warned_about(caplog):
 
 
 def test_limits_looks_and_access_are_each_servers_own(folder):
-    """Of two servers of one Interface each has its own size limit, indent, pretty printing and `authorize`."""
-    mi, call = interface(), b'{"jsonrpc":"2.0","method":"tree","id":1}'
+    """Of several servers of one Interface each has its own size limit, indent, pretty printing and `authorize`."""
+    mi, tree, call = interface(), b"200 OK\na:: \n%sb:: " + b"x" * 70 + b"\n", b'{"jsonrpc":"2.0","method":"tree","id":1}'
     mi.command(lambda: {"a": {"b": "x" * 70}}, name="tree")
-    first = {"socket_buf_size": 1000, "reply_indent": "  ", "pretty_printing": True}
+    first = {"socket_buf_size": 1000, "reply_indent": "| ", "pretty_printing": True}
     second = {"socket_buf_size": 64, "authorize": lambda peer, command: command != "nothing"}
-    with serving(mi, folder / "1", **first) as one, serving(mi, folder / "2", **second) as two:
-        assert ask(one, b":tree:\n") == b"200 OK\na:: \n  b:: " + b"x" * 70 + b"\n"
-        assert ask(two, b":tree:\n") == b"500 Internal server error\n"
-        assert [ask(server, b":nothing:\n") for server in (one, two)] == [b"200 OK\n", b"403 Forbidden\n"]
-        assert b'\n  "result": {' in ask(one, call)
-    with serving(mi, "udp:127.0.0.1:0") as three:  # and one goes on without the others
-        assert ask(three, b":tree:\n") == b"200 OK\na:: \n\tb:: " + b"x" * 70 + b"\n"
-        assert b"\n" not in ask(three, call) and ask(three, b":nothing:\n") == b"200 OK\n"
+    with serving(mi, "udp:127.0.0.1:0") as three:
+        with serving(mi, folder / "1", **first) as one, serving(mi, folder / "2", **second) as two:
+            assert [ask(server, b":nothing:\n")[:3] for server in (one, two, three)] == [b"200", b"403", b"200"]
+            trees = [ask(server, b":tree:\n") for server in (one, two, three)]
+            assert trees == [tree % b"| ", b"500 Internal server error\n", tree % b"\t"]
+            assert b'\n\t"result": {' in ask(one, call)  # JSON knows no indent but white space
+        assert b"\n" not in ask(three, call)  # it goes on without the others
     request = b":echo:\n" + b"a" * 150_000 + b"\n"  # more than UDP can carry
     with serving(mi, folder / "4", socket_buf_size=len(request)) as four:
         assert ask(four, request) == request.replace(b":echo:", b"200 OK")
