@@ -1370,9 +1370,8 @@ class Interface:
 
     `name` and `version` are what the command `version` tells. `core` names the core commands to have: by default all
     but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level the last two show and set, by default
-    the root logger. `async def` commands run on `loop`. One Interface may feed several servers.
-
-    Commands run on the servers' threads, several at once, even the same one: they guard what they share.
+    the root logger. `async def` commands run on `loop`. One Interface may feed several servers, on whose threads
+    commands run, several at once, even the same one: they guard what they share.
     """
 
     def __init__(
@@ -1391,7 +1390,6 @@ class Interface:
         self.commands: dict[str, Command] = {}  # by the names that they are registered under
         self._aliases: dict[str, dict[str, Command]] = {}  # by any other name, then by the whole names that it means
         self.statistics: dict[str, Callable[[], Any]] = {}
-        # For servers:
         self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
         self.level_changed: Callable[[int], object] = lambda level: None
         # By the bytes that a request begins with, as Latin-1 text: without a GIL that alone is found without a lock.
@@ -1537,47 +1535,9 @@ class Interface:
 
 # ------------------------------------------------------------ core commands ----
 
-# The core commands by their names in Kamailio up to 4.4 and OpenSIPS up to 3, which both dialects have. JSON has those
-# in OpenSIPS 4, which are here, and in Kamailio 5 as well.
-CORE = {
-    "arg": "core:arg", "clear_statistics": "statistics:clear", "debug": "core:debug",
-    "get_statistics": "statistics:get", "help": "core:help", "kill": "core:kill", "list_statistics": "statistics:list",
-    "log_level": "core:log_level", "ps": "core:ps", "pwd": "core:pwd", "reset_all_statistics": "statistics:reset_all",
-    "reset_statistics": "statistics:reset", "threads": "core:threads", "uptime": "core:uptime",
-    "version": "core:version", "which": "core:which",
-}  # fmt: skip
-CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
-CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
-
-# Of each name in Kamailio 5: ours, the method of _Core that answers, and what makes Kamailio's form of that.
-KAMAILIO: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
-    "core.arg": ("arg", "arg", list),
-    "core.psx": ("ps", "ps", lambda told: [
-        {"IDX": one["ID"], "PID": one["PID"], "DSC": one["Type"]} for one in told["Processes"]]),
-    "core.pwd": ("pwd", "pwd", lambda told: [told["WD"]]),
-    "core.uptime": ("uptime", "uptime", lambda told: {
-        "now": told["Now"], "up_since": told["Up since"], "uptime": int(told["Up time"].split()[0])}),
-    "core.version": ("version", "version", lambda told: told["Server"]),
-    "stats.fetch": ("get_statistics", "fetch", lambda told: {k.replace(":", "."): _text(v) for k, v in told.items()}),
-    "stats.fetchn": ("get_statistics", "fetch", lambda told: {k.replace(":", "."): v for k, v in told.items()}),
-    "stats.get_statistics": ("get_statistics", "fetch", lambda told: [f"{k} = {_text(v)}" for k, v in told.items()]),
-    "system.listMethods": ("which", "list_methods", list),
-    "system.methodHelp": ("help", "method_help", str),
-}  # fmt: skip
-
 # The levels of `logging` by the numbers that `debug` has, which are the original's, and `log_level`, OpenSIPS's.
 DEBUG_LEVELS = {3: 10, 2: 20, 1: 25, 0: 30, -1: 40, -2: 50, -3: 51, -4: 52, -5: 53}
 LOG_LEVELS = {4: 10, 3: 20, 2: 25, 1: 30, 0: 35, -1: 40, -2: 50, -3: 51}
-
-
-def _core_command(interface: Interface, name: str, method: str, form: Callable[[Any], Any] | None = None) -> Command:
-    """Make a core command of a method of _Core, which gets the Request if it has a parameter of that name."""
-    function = getattr(_Core(interface), method)
-    pass_request = "request" in inspect.signature(function).parameters
-    command = Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
-    if form is not None:
-        command.function = lambda *values, **named: form(function(*values, **named))
-    return command
 
 
 class _Core:
@@ -1653,13 +1613,13 @@ class _Core:
         except _Fault as fault:
             raise CommandError(code, reason) if fault.kind == "unknown_commands" else fault from None
 
-    def list_methods(self) -> Any:
+    def _list_methods(self) -> Any:
         """List Kamailio's names of the core commands, and the program's own commands."""
         core = {command.name: command.core for command in list(self._interface.commands.values())}
         known = [alias for alias, (name, *_) in KAMAILIO.items() if core.get(name)]
         return sorted([*known, *[name for name in core if not core[name]]])
 
-    def method_help(self, name: str | None = None) -> Any:
+    def _method_help(self, name: str | None = None) -> Any:
         """Say what the command NAME does."""
         if name is None:
             raise CommandError(400, "Method Name Expected")
@@ -1718,7 +1678,7 @@ class _Core:
         self.reset_statistics(statistics, *more)
         return values
 
-    def fetch(self, *names: Any) -> Any:
+    def _fetch(self, *names: Any) -> Any:
         """Tell statistics as Kamailio does, to which a name that selects nothing is no error."""
         if not names:
             raise CommandError(400, "Please provide which stats to retrieve")
@@ -1740,6 +1700,42 @@ class _Core:
         if not selected:
             raise CommandError(404, "Statistics Not Found")
         return {full: self._interface.statistics[full] for full in selected}
+
+
+# Of each core command, which is a public method, its name in OpenSIPS 4; ours is that of the versions before.
+CORE = {
+    name: f"statistics:{name.removesuffix('_statistics')}" if name.endswith("_statistics") else f"core:{name}"
+    for name in sorted(vars(_Core))
+    if not name.startswith("_")
+}
+CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
+CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
+
+# Of each name in Kamailio 5: ours, the method of _Core that answers, and what makes Kamailio's form of that.
+KAMAILIO: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
+    "core.arg": ("arg", "arg", list),
+    "core.psx": ("ps", "ps", lambda told: [
+        {"IDX": one["ID"], "PID": one["PID"], "DSC": one["Type"]} for one in told["Processes"]]),
+    "core.pwd": ("pwd", "pwd", lambda told: [told["WD"]]),
+    "core.uptime": ("uptime", "uptime", lambda told: {
+        "now": told["Now"], "up_since": told["Up since"], "uptime": int(told["Up time"].split()[0])}),
+    "core.version": ("version", "version", lambda told: told["Server"]),
+    "stats.fetch": ("get_statistics", "_fetch", lambda told: {k.replace(":", "."): _text(v) for k, v in told.items()}),
+    "stats.fetchn": ("get_statistics", "_fetch", lambda told: {k.replace(":", "."): v for k, v in told.items()}),
+    "stats.get_statistics": ("get_statistics", "_fetch", lambda told: [f"{k} = {_text(v)}" for k, v in told.items()]),
+    "system.listMethods": ("which", "_list_methods", list),
+    "system.methodHelp": ("help", "_method_help", str),
+}  # fmt: skip
+
+
+def _core_command(interface: Interface, name: str, method: str, form: Callable[[Any], Any] | None = None) -> Command:
+    """Make a core command of a method of _Core, which gets the Request if it has a parameter of that name."""
+    function = getattr(_Core(interface), method)
+    pass_request = "request" in inspect.signature(function).parameters
+    command = Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
+    if form is not None:
+        command.function = lambda *values, **named: form(function(*values, **named))
+    return command
 
 
 # ------------------------------------------------------------------- access ----
@@ -1812,13 +1808,10 @@ def _account(name: str, value: Any) -> int:
     if text.isascii() and text.isdigit():
         return _number(name, text, 0, 2**32 - 2)
     try:
-        if name.endswith("group"):
-            import grp
-
-            return grp.getgrnam(text).gr_gid
+        import grp
         import pwd
 
-        return pwd.getpwnam(text).pw_uid
+        return grp.getgrnam(text).gr_gid if name.endswith("group") else pwd.getpwnam(text).pw_uid
     except (ImportError, KeyError, ValueError):
         raise _wrong(name, value, "there is none of this name; a name or a number is allowed") from None
 
