@@ -1349,9 +1349,8 @@ class Interface:
 
     `name` and `version` are what the command `version` tells. `core` names the core commands to have: by default all
     but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level the last two show and set, by default
-    the root logger. `async def` commands run on `loop`. One Interface may feed several servers.
-
-    Commands run on the servers' threads, several at once, even the same one: they guard what they share.
+    the root logger. `async def` commands run on `loop`. One Interface may feed several servers, on whose threads
+    commands run, several at once, even the same one: they guard what they share.
     """
 
     def __init__(
@@ -1368,33 +1367,24 @@ class Interface:
         self.loop = loop
         self.started = time.monotonic()
         self.commands: dict[str, Command] = {}  # by the names that they are registered under
-        self._local_names: dict[str, dict[str, Command]] = {}  # by what is behind the group, then by the whole name
-        self._core_names: dict[str, dict[str, Command]] = {}  # the same of the names in OpenSIPS 4 and Kamailio 5
+        self._aliases: dict[str, dict[str, Command]] = {}  # by any other name, then by the whole names that it means
         self.statistics: dict[str, Callable[[], Any]] = {}
-        # For servers:
         self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
         self.level_changed: Callable[[int], object] = lambda level: None
         # By the bytes that a request begins with, as Latin-1 text: without a GIL that alone is found without a lock.
         self.first_lines: dict[str, Command] = {}
         self.log_limit = LogLimit()
+        self._service = Service(self)
         self.use_counters(Counter)
         self.add_core([name for name in CORE if name not in CORE_ON_REQUEST] if core is None else core)
 
-    # ---- for the program
-
     @typing.overload
     def command(
-        self,
-        function: _F,
-        *,
-        name: str | None = None,
-        pass_request: bool = False,
-        read_only: bool = False,
-        replace: bool = False,
+        self, f: _F, /, *, name: str | None = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
     ) -> _F: ...
     @typing.overload
     def command(
-        self, *, name: str | None = None, pass_request: bool = False, read_only: bool = False, replace: bool = False
+        self, *, name: str | None = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
     ) -> Callable[[_F], _F]: ...
 
     def command(
@@ -1426,7 +1416,7 @@ class Interface:
         self.commands[command.name] = command
         group, _, local = command.name.rpartition(":")
         if group:
-            self._local_names.setdefault(local, {})[command.name] = command
+            self._aliases.setdefault(local, {})[command.name] = command
         first_line = sys.intern(f":{local}:".encode("utf-8", "surrogateescape").decode("latin-1"))
         try:
             self.first_lines[first_line] = self.find(local, "line")
@@ -1438,26 +1428,24 @@ class Interface:
         command = self.commands.get(name)
         if command is not None:
             return command
-        found = dict(self._local_names.get(name, ()))
-        if dialect == "json":
-            aliases = self._core_names.get(name, {})
-            found.update({whole: one for whole, one in aliases.items() if self.commands[one.name].core})
+        found = {
+            whole: one
+            for whole, one in list(self._aliases.get(name, {}).items())
+            if whole in self.commands or (dialect == "json" and self.commands[one.name].core)  # or it was replaced
+        }
+        if not found:
+            raise _Fault("unknown_commands", detail=name)
         if len(found) > 1:
-            raise _Fault("ambiguous_commands", f"supported names: {', '.join(found)}", name)
-        for command in found.values():
-            return command
-        raise _Fault("unknown_commands", detail=name)
+            raise _Fault("ambiguous_commands", f"supported names: {', '.join(sorted(found))}", name)
+        return found.popitem()[1]
 
     def names(self, dialect: str) -> dict[str, Command]:
         """Return what a dialect can call, by name, and of the names in Kamailio 5 none."""
-        if dialect == "line":
-            lines = list(self.first_lines.items())
-            return {line[1:-1].encode("latin-1").decode("utf-8", "surrogateescape"): command for line, command in lines}
         found = {}
-        for name in {*self.commands, *self._local_names, *self._core_names}:
+        for name in {*self.commands, *self._aliases}:
             with contextlib.suppress(_Fault):  # it means several, or one of the core's that was replaced
                 command = self.find(name, dialect)
-                if self.commands[command.name] is command:
+                if self.commands[command.name] is command and (dialect == "json" or ":" not in name):
                     found[name] = command
         return found
 
@@ -1475,8 +1463,7 @@ class Interface:
 
     def _add_statistic(self, name: str, function: Callable[[], Any]) -> Callable[[], Any]:
         """Return the statistic of this name: FUNCTION where there was none."""
-        group, _, rest = name.partition(":")
-        if not (group and rest):
+        if not all(name.partition(":")):
             raise ParameterError(f"statistic name {name!a}: group:name is allowed")
         return self.statistics.setdefault(name, function)
 
@@ -1492,54 +1479,31 @@ class Interface:
 
     def add_core(self, names: Iterable[str]) -> None:
         """Add the core commands of these NAMES that are not there yet."""
-        core = _Core(self)
         for name in names:
             if name not in CORE:
                 raise ParameterError(f"core command {name!a}: allowed are {', '.join(CORE)}")
-            if name in self.commands:
-                continue
-            opensips, kamailio = CORE[name]
-            command = self._core_command(name, getattr(core, name))
-            self._put(command)
-            for alias in (opensips, opensips.partition(":")[2]):
-                self._core_names.setdefault(alias, {})[opensips] = command
-            for alias, (method, form) in kamailio.items():
-                command = self._core_command(name, getattr(core, method))
-                command.function = functools.partial(_in_form, form, command.function)
-                self._core_names[alias] = {alias: command}
-
-    def _core_command(self, name: str, function: Callable[..., Any]) -> Command:
-        """Make a core command of a FUNCTION, which gets the Request if it has a parameter of that name."""
-        pass_request = "request" in inspect.signature(function).parameters
-        return Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
+            if name not in self.commands:
+                self._put(_core_command(self, name, name))
+                for alias in (CORE[name], CORE[name].partition(":")[2]):
+                    self._aliases.setdefault(alias, {}).setdefault(CORE[name], self.commands[name])
+                for alias in KAMAILIO:
+                    if KAMAILIO[alias][0] == name:
+                        self._aliases[alias] = {alias: _core_command(self, *KAMAILIO[alias])}
 
     def server(self, socket_name: str | os.PathLike[str], **options: Unpack[_ServerOptions]) -> UnixServer | UDPServer:
         """Make a server of these commands: a UnixServer or a UDPServer; help() of these lists the PARAMETERS."""
         kind: Any = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
-        server: UnixServer | UDPServer = kind(socket_name, self, **options)
-        return server
+        return kind(socket_name, self, **options)  # type: ignore[no-any-return]
 
-    def answer(
-        self, data: bytes, peer: Peer | None = None, send: Callable[[bytes], object] | None = None
-    ) -> bytes | None:
-        """Answer one datagram of either dialect: the whole service, without a socket.
-
-        None where there is nothing to send, or not yet: late replies go to SEND.
-        """
+    def answer(self, data: bytes, peer: Peer | None = None, send: Callable[[bytes], Any] | None = None) -> bytes | None:
+        """Return the reply to one datagram of either dialect; None where there is none, or not yet: SEND gets that."""
         return Exchange(self._service, peer, send).answer(data)
-
-    # ---- for servers
-
-    @functools.cached_property
-    def _service(self) -> Service:
-        return Service(self)
 
     def use_counters(self, make: Callable[[], Counter]) -> None:
         """Count the service's own statistics with what MAKE makes, always asked in the same order."""
         self.statistics.update({f"mi_datagram:{kind}": make() for kind in (*COUNTERS, *FAULTS)})
-        self.statistics["mi_datagram:threads"] = lambda: sum(
-            [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
-        )
+        ours = "mi_datagram"
+        self.statistics[f"{ours}:threads"] = lambda: sum([t.name.startswith(ours) for t in threading.enumerate()])
         self.count_request = self.counter("mi_datagram:requests").add_one  # each request needs these two
         self.count_reply = self.counter("mi_datagram:replies").add_one
 
@@ -1550,46 +1514,9 @@ class Interface:
 
 # ------------------------------------------------------------ core commands ----
 
-# The core commands: the name in Kamailio up to 4.4 and in OpenSIPS up to 3, which is ours in both dialects; for JSON
-# alone the name in OpenSIPS 4 and those in Kamailio 5, each with the method of _Core that answers and what makes
-# Kamailio's form of that. Behind each its form in the line dialect | in JSON, if that is another than the same data.
-CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
-    "arg": ("core:arg", {"core.arg": ("arg", list)}),  # an argument a line
-    "clear_statistics": ("statistics:clear", {}),  # group:name:: 1
-    "debug": ("core:debug", {}),  # DEBUG:: 0
-    "get_statistics": ("statistics:get", {  # group:name:: 1
-        "stats.get_statistics": ("fetch", lambda pairs: [f"{name} = {_text(value)}" for name, value in pairs.items()]),
-        "stats.fetch": ("fetch", lambda pairs: {name.replace(":", "."): _text(value) for name, value in pairs.items()}),
-        "stats.fetchn": ("fetch", lambda pairs: {name.replace(":", "."): value for name, value in pairs.items()}),
-    }),
-    # name:: summary, or Usage:: and Help:: of one | the same, or {"Help": text, "Exported by": group, "Usage": text}
-    "help": ("core:help", {"system.methodHelp": ("method_help", str)}),
-    "kill": ("core:kill", {}),  # nothing
-    "list_statistics": ("statistics:list", {}),  # group:name:: incremental, or non-incremental
-    "log_level": ("core:log_level", {}),  # Log level:: 1, or New global log level:: 1
-    "ps": ("core:ps", {  # Process::  ID=0 PID=7 Type=main | {"Processes": [{"ID": 0, "PID": 7, "Type": "main"}]}
-        "core.psx": ("ps", lambda one: [{"IDX": p["ID"], "PID": p["PID"], "DSC": p["Type"]} for p in one["Processes"]]),
-    }),
-    "pwd": ("core:pwd", {"core.pwd": ("pwd", lambda one: [one["WD"]])}),  # WD:: /path
-    "reset_all_statistics": ("statistics:reset_all", {}),  # nothing
-    "reset_statistics": ("statistics:reset", {}),  # nothing
-    "threads": ("core:threads", {}),  # Thread:: name, and below it the frames
-    "uptime": ("core:uptime", {"core.uptime": ("uptime", lambda one: {  # Now:: date, Up since:: date, Up time:: 7 [sec]
-        "now": one["Now"], "up_since": one["Up since"], "uptime": int(one["Up time"].split()[0])})}),
-    "version": ("core:version", {"core.version": ("version", lambda one: one["Server"])}),  # Server:: name (version)
-    "which": ("core:which", {"system.listMethods": ("list_methods", list)}),  # a name or a call a line | lists of names
-}  # fmt: skip
-CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
-CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
-
-# The levels of `logging` by the original's, as `debug` has them: -5 alert … -1 error, 0 warning, 1 notice, 2 info,
-# 3 debug; and by OpenSIPS's, as `log_level` has them: -3 alert … -1 error, 1 warning, 2 notice, 3 info, 4 debug.
+# The levels of `logging` by the numbers that `debug` has, which are the original's, and `log_level`, OpenSIPS's.
 DEBUG_LEVELS = {3: 10, 2: 20, 1: 25, 0: 30, -1: 40, -2: 50, -3: 51, -4: 52, -5: 53}
 LOG_LEVELS = {4: 10, 3: 20, 2: 25, 1: 30, 0: 35, -1: 40, -2: 50, -3: 51}
-
-
-def _in_form(form: Callable[[Any], Any], method: Callable[..., Any], /, *values: Any, **named: Any) -> Any:
-    return form(method(*values, **named))
 
 
 class _Core:
@@ -1638,12 +1565,9 @@ class _Core:
     def which(self, request: Request, command: str | None = None) -> Any:
         """List the commands, those of a group (`GROUP:`), or the ways to call COMMAND by names of parameters."""
         is_json, names = request.dialect == "json", self._interface.names(request.dialect)
-        if command is None:
-            return sorted(names)
-        if command.endswith(":"):
-            group = [name for name, one in names.items() if (name if is_json else one.name).startswith(command)]
-            if group:
-                return sorted(group)
+        found = [name for name, one in names.items() if (name if is_json else one.name).startswith(command or "")]
+        if command is None or (command.endswith(":") and found):
+            return sorted(found)
         calls = self._find(command, request.dialect).overloads()
         return calls if is_json else [" ".join([command, *[f"{name}::" for name in call]]) for call in calls]
 
@@ -1656,7 +1580,7 @@ class _Core:
             return {name: names[name].doc.partition("\n")[0] for name in sorted(names)}
         found = self._find(name, request.dialect)
         if is_json:
-            whole = CORE[found.name][0] if found.core else found.name
+            whole = CORE[found.name] if found.core else found.name
             group = whole.rpartition(":")[0] or self._interface.name
             return {"Help": found.doc, "Exported by": group, "Usage": found.usage()}
         usage = {"Usage": found.usage().removeprefix(found.name.rpartition(":")[0] + ":")}
@@ -1668,12 +1592,13 @@ class _Core:
         except _Fault as fault:
             raise CommandError(code, reason) if fault.kind == "unknown_commands" else fault from None
 
-    def list_methods(self) -> Any:
+    def _list_methods(self) -> Any:
         """List Kamailio's names of the core commands, and the program's own commands."""
-        commands = list(self._interface.commands.values())
-        return sorted(itertools.chain(*[CORE[one.name][1] if one.core else [one.name] for one in commands]))
+        core = {command.name: command.core for command in list(self._interface.commands.values())}
+        known = [alias for alias, (name, *_) in KAMAILIO.items() if core.get(name)]
+        return sorted([*known, *[name for name in core if not core[name]]])
 
-    def method_help(self, name: str | None = None) -> Any:
+    def _method_help(self, name: str | None = None) -> Any:
         """Say what the command NAME does."""
         if name is None:
             raise CommandError(400, "Method Name Expected")
@@ -1701,16 +1626,24 @@ class _Core:
 
     def get_statistics(self, statistics: Any, *more: Any) -> Any:
         """Tell the statistics called `group:name` or `name`, those of a `group:`, or `all`."""
-        return self._values(self._found(statistics, *more))
+        values = {}
+        for name, statistic in self._select(statistics, *more).items():
+            try:  # one that fails or has no value is left out, or its readers could read none of them
+                value = statistic()
+                if not (value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))):
+                    values[name] = int(value) if value.__class__ is bool else value
+            except Exception as error:
+                _note(logging.ERROR, "statistic %a failed", name, error=error)
+        return values
 
     def list_statistics(self, statistics: Any = "all", *more: Any) -> Any:
         """Tell which statistics there are, and which of them count; select them as in get_statistics."""
-        found = self._found(statistics, *more)
+        found = self._select(statistics, *more)
         return {name: "incremental" if isinstance(one, Counter) else "non-incremental" for name, one in found.items()}
 
     def reset_statistics(self, statistics: Any, *more: Any) -> None:
         """Count from zero again what get_statistics tells for the same names."""
-        for statistic in self._found(statistics, *more).values():
+        for statistic in self._select(statistics, *more).values():
             if isinstance(statistic, Counter):
                 statistic.reset()
 
@@ -1724,43 +1657,64 @@ class _Core:
         self.reset_statistics(statistics, *more)
         return values
 
-    def fetch(self, *names: Any) -> Any:
+    def _fetch(self, *names: Any) -> Any:
         """Tell statistics as Kamailio does, to which a name that selects nothing is no error."""
         if not names:
             raise CommandError(400, "Please provide which stats to retrieve")
-        return self._values(self._select(names))
+        with contextlib.suppress(CommandError):
+            return self.get_statistics(*names)
+        return {}
 
-    def _found(self, *names: Any) -> dict[str, Callable[[], Any]]:
+    def _select(self, *names: Any) -> dict[str, Callable[[], Any]]:
         """Return the statistics that are meant, at least one; OpenSIPS's clients send the names in one list."""
-        wanted = [one for name in names for one in (name if isinstance(name, (list, tuple)) else [name])]
+        wanted = [str(one) for name in names for one in (name if isinstance(name, (list, tuple)) else [name])]
         if not wanted:
             raise _Fault("bad_parameters", "Empty array in parameter 'statistics'")
-        found = self._select(wanted)
-        if not found:
-            raise CommandError(404, "Statistics Not Found")
-        return found
-
-    def _select(self, names: Sequence[Any]) -> dict[str, Callable[[], Any]]:
-        """Return the statistics that NAMES select, by their full names."""
         by_word: dict[str, list[str]] = {}  # what each word selects: one look at each statistic and each word
         for full in list(self._interface.statistics):
             group, _, rest = full.partition(":")
             for word in ("all", full, f"{group}:", rest):
                 by_word.setdefault(word, []).append(full)
-        selected = [full for name in dict.fromkeys(map(str, names)) for full in by_word.get(name, ())]
+        selected = [full for word in dict.fromkeys(wanted) for full in by_word.get(word, ())]
+        if not selected:
+            raise CommandError(404, "Statistics Not Found")
         return {full: self._interface.statistics[full] for full in selected}
 
-    def _values(self, statistics: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-        """Ask the statistics; one that fails or has no value is left out, or its readers could read none of them."""
-        values = {}
-        for name, statistic in statistics.items():
-            try:
-                value = statistic()
-                if not (value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))):
-                    values[name] = int(value) if value.__class__ is bool else value
-            except Exception as error:
-                _note(logging.ERROR, "statistic %a failed", name, error=error)
-        return values
+
+# Of each core command, which is a public method, its name in OpenSIPS 4; ours is that of the versions before.
+CORE = {
+    name: f"statistics:{name.removesuffix('_statistics')}" if name.endswith("_statistics") else f"core:{name}"
+    for name in sorted(vars(_Core))
+    if not name.startswith("_")
+}
+CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
+CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
+
+# Of each name in Kamailio 5: ours, the method of _Core that answers, and what makes Kamailio's form of that.
+KAMAILIO: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
+    "core.arg": ("arg", "arg", list),
+    "core.psx": ("ps", "ps", lambda told: [
+        {"IDX": one["ID"], "PID": one["PID"], "DSC": one["Type"]} for one in told["Processes"]]),
+    "core.pwd": ("pwd", "pwd", lambda told: [told["WD"]]),
+    "core.uptime": ("uptime", "uptime", lambda told: {
+        "now": told["Now"], "up_since": told["Up since"], "uptime": int(told["Up time"].split()[0])}),
+    "core.version": ("version", "version", lambda told: told["Server"]),
+    "stats.fetch": ("get_statistics", "_fetch", lambda told: {k.replace(":", "."): _text(v) for k, v in told.items()}),
+    "stats.fetchn": ("get_statistics", "_fetch", lambda told: {k.replace(":", "."): v for k, v in told.items()}),
+    "stats.get_statistics": ("get_statistics", "_fetch", lambda told: [f"{k} = {_text(v)}" for k, v in told.items()]),
+    "system.listMethods": ("which", "_list_methods", list),
+    "system.methodHelp": ("help", "_method_help", str),
+}  # fmt: skip
+
+
+def _core_command(interface: Interface, name: str, method: str, form: Callable[[Any], Any] | None = None) -> Command:
+    """Make a core command of a method of _Core, which gets the Request if it has a parameter of that name."""
+    function = getattr(_Core(interface), method)
+    pass_request = "request" in inspect.signature(function).parameters
+    command = Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
+    if form is not None:
+        command.function = lambda *values, **named: form(function(*values, **named))
+    return command
 
 
 # ------------------------------------------------------------------- access ----
@@ -1833,13 +1787,10 @@ def _account(name: str, value: Any) -> int:
     if text.isascii() and text.isdigit():
         return _number(name, text, 0, 2**32 - 2)
     try:
-        if name.endswith("group"):
-            import grp
-
-            return grp.getgrnam(text).gr_gid
+        import grp
         import pwd
 
-        return pwd.getpwnam(text).pw_uid
+        return grp.getgrnam(text).gr_gid if name.endswith("group") else pwd.getpwnam(text).pw_uid
     except (ImportError, KeyError, ValueError):
         raise _wrong(name, value, "there is none of this name; a name or a number is allowed") from None
 
@@ -1856,8 +1807,7 @@ def _indent(name: str, value: Any) -> str:
     return value
 
 
-# Of every parameter but socket_name: its default, its check, which takes the parameter's own type
-# or text, and its meaning. The names and defaults are the original's.
+# Of every parameter but socket_name: its default, its check, which takes its own type or text, and its meaning.
 PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
     "children_count": (1, _between(1, 1024), "processes that serve the socket; python -m only"),
     "unix_socket_mode": (0o660, _mode, "permissions of the socket file; text is octal"),
@@ -1913,26 +1863,23 @@ def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse_socket_name(name: str | os.PathLike[str]) -> str | tuple[str, int]:
     """Tell a UNIX socket's path from the (host, port) of `udp:HOST:PORT`; raise ParameterError for others."""
-    given = name
-    if isinstance(name, os.PathLike):  # which is a path, though it keeps no ./
-        name = os.path.join(".", os.fsdecode(name))
-    if not isinstance(name, str):
+    text = os.path.join(".", os.fsdecode(name)) if isinstance(name, os.PathLike) else name  # which keeps no ./
+    if not isinstance(text, str):
         raise _wrong("socket_name", name, "a text is allowed")
-    if name[:4].lower() == "udp:":
-        host, _, port = name[4:].rpartition(":")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        if not (host and port.isascii() and port.isdigit() and len(port) < 6 and int(port) <= 65535):
+    if text[:4].lower() == "udp:":
+        match = re.fullmatch(r"(?:\[(.+)\]|(.+)):([0-9]{1,5})", text[4:], re.DOTALL)
+        if not match or int(match[3]) > 65535:
             raise _wrong("socket_name", name, "udp:HOST:PORT is allowed, with a port from 0 to 65535")
-        return host, int(port)
-    path = b""
-    with contextlib.suppress(UnicodeEncodeError):  # of a character that the locale lacks
-        path = os.fsencode(name) if _has_bytes(name) else b""
+        return match[1] or match[2], int(match[3])
+    try:
+        path = os.fsencode(text)
+    except UnicodeEncodeError:  # of a character that the locale lacks
+        path = b""
     if not path.startswith((b"/", b"./")) or b"\0" in path or path.endswith(b"/"):
-        raise _wrong("socket_name", given, "/path, ./path or udp:HOST:PORT is allowed")
+        raise _wrong("socket_name", name, "/path, ./path or udp:HOST:PORT is allowed")
     if len(path) > UNIX_PATH:
-        raise _wrong("socket_name", given, f"a path of at most {UNIX_PATH} bytes is allowed")
-    return name
+        raise _wrong("socket_name", name, f"a path of at most {UNIX_PATH} bytes is allowed")
+    return text
 
 
 # ------------------------------------------------------------------ threads ----
