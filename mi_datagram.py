@@ -8,7 +8,7 @@ the SIP servers Kamailio and OpenSIPS or in JSON-RPC 2.0, so that their
 clients work with it unchanged.
 
     :cache_flush:\\n            {"jsonrpc":"2.0","method":"cache_flush",
-    zone::all\\n                 "params":{"zone":"all"},"id":1}
+    prefix::a\\n                 "params":{"prefix":"a"},"id":1}
 
     200 OK\\n                   {"jsonrpc":"2.0",
     Flushed:: 12\\n              "result":{"Flushed":12},"id":1}
@@ -20,14 +20,14 @@ Copy this one file into a project and write:
     mi = mi_datagram.Interface()              # has the core commands
 
     @mi.command
-    def cache_flush(zone: str = "all", limit: int = 0):
-        '''Drop the cached entries of ZONE.'''
-        return {"Flushed": cache.flush(zone, limit)}
+    def cache_flush(prefix: str = "", limit: int = 100):
+        '''Drop the entries that begin with PREFIX, LIMIT at most.'''
+        return {"Flushed": cache.flush(prefix, limit)}
 
     with mi.server("/run/app/mi.sock", unix_socket_mode=0o600):
         app.run()                             # served in the background
 
-or run `python -m mi_datagram --help`. Only the standard library is needed.
+or run `python3 -m mi_datagram --help`. Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -1370,7 +1370,8 @@ class Interface:
 
     `name` and `version` are what the command `version` tells. `core` names the core commands to have: by default all
     but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level the last two show and set, by default
-    the root logger. `async def` commands run on `loop`. One Interface may feed several servers.
+    the root logger. `async def` commands run on the loop of the `async with mi.server(…)` that serves them, or on `loop`.
+    One Interface may feed several servers.
 
     Commands run on the servers' threads, several at once, even the same one: they guard what they share.
     """
@@ -3664,14 +3665,6 @@ class _Answer(typing.NamedTuple):
     errors: Sequence[str] = ()
 
 
-def _clients(options: argparse.Namespace) -> list[Client]:
-    """Make a client for each server that there is now; a pattern stands for the files that it matches."""
-    import glob
-
-    names = [name for pattern in options.socket_name for name in sorted(glob.glob(pattern)) or [pattern]]
-    return [Client(name, options.timeout, options.reply_dir) for name in dict.fromkeys(names)]
-
-
 def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
     """Run a command as typed on all servers, print replies and errors, return the worst exit status."""
     for word in words[1:] if sys.stderr.isatty() else ():
@@ -3679,13 +3672,13 @@ def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
             print_error(f"{word} is sent as a value by position; by name it is {word.replace('=', '::', 1)}")
     answers = _ask_all(options, words, as_json)
     is_one = len(answers) == 1
-    data = {name: answer.data for name, answer in answers.items() if not answer.status}
-    if data and as_json:
-        print(_json_text(data.popitem()[1] if is_one else data, indent=4))
-    elif data:
+    found = {name: answer.data for name, answer in answers.items() if not answer.status}
+    if not as_json:
         nothing = "OK" if sys.stdout.isatty() else None
-        trees = {name: reply.nodes or nothing for name, reply in data.items()}
-        print(end=escape_control_characters(_tree(trees.popitem()[1] if is_one else trees)))
+        found = {name: reply.nodes or nothing for name, reply in found.items()}
+    if found:
+        data = found.popitem()[1] if is_one else found
+        print(end=_json_text(data, indent=4) + "\n" if as_json else escape_control_characters(_tree(data)))
     sys.stdout.flush()
     for name, answer in answers.items():
         for line in answer.errors:
@@ -3695,7 +3688,11 @@ def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
 
 def _ask_all(options: argparse.Namespace, words: list[str], as_json: bool) -> dict[str, _Answer]:
     """Ask all servers at once, return the answers by their names; after Ctrl-C no thread is waited for."""
-    clients = _clients(options)
+    import glob
+
+    # A pattern stands for the files that it matches now.
+    names = [name for pattern in options.socket_name for name in sorted(glob.glob(pattern)) or [pattern]]
+    clients = [Client(name, options.timeout, options.reply_dir) for name in dict.fromkeys(names)]
     answers = {client.socket_name: _Answer(3) for client in clients}
 
     def ask(client: Client) -> None:
@@ -3717,11 +3714,10 @@ def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
     """Run a command as typed on one server."""
     arguments: list[tuple[str, Any]] = []
     for word in words[1:]:
-        name, separator, value = word.partition("::")
-        arguments.append((name, value) if separator else ("", word))
-        if as_json:
-            with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is a string
-                arguments[-1] = (arguments[-1][0], json.loads(arguments[-1][1]))
+        name, value = word.split("::", 1) if "::" in word else ("", word)
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is a string
+            value = json.loads(value) if as_json else value
+        arguments.append((name, value))
     try:
         if not as_json:
             return _Answer(0, client._call(_format_request(words[0], arguments)))
@@ -3729,23 +3725,40 @@ def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
         return _Answer(0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}))
     except CommandError as error:
         data = "" if error.data is None else f": {_json_text(error.data)}"
-        return _Answer(1, None, [f"{error.code} {error.reason}{data}", *_hints(client, words[0], error, as_json)])
+        hints = [] if words[0] in ("help", "which") else _hints(client, words[0], arguments, error, as_json)
+        return _Answer(1, None, [f"{error.code} {error.reason}{data}", *hints])
     except Error as error:
         return _Answer(2 if isinstance(error, RequestError) else 3, None, [str(error)])
 
 
-def _hints(client: Client, command: str, error: CommandError, as_json: bool) -> list[str]:
+def _hints(client: Client, command: str, arguments: list[Any], error: CommandError, as_json: bool) -> list[str]:
     """Say what would do in place of a call that was refused, as far as the server tells."""
     import difflib
 
-    if command in ("help", "which"):
-        return []
     if error.code == -32601 or error.reason == "command not available":
         names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json), ".+"))
         return [f"did you mean {' or '.join(names)}?"] if names else []
     if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
-        return re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json).data))
+        usages = re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json).data))
+        return [line for usage in usages for line in (*_misfits(usage, arguments), usage)]
     return []
+
+
+def _misfits(usage: str, arguments: list[tuple[str, Any]]) -> typing.Iterator[str]:
+    """Name the arguments that do not fit a usage like `command ZONE [LIMIT:int] [more::MORE:bool]`."""
+    words = re.findall(r"(\w+::)?(\w+)(?::(int|float|bool))?\]?(\.*)(?!\S)", usage)[1:]
+    kinds = {name: {"int": int, "float": float, "bool": bool}.get(kind, object) for _, name, kind, _ in words}
+    places = itertools.chain(*[itertools.repeat(name) if more else [name] for key, name, _, more in words if not key])
+    for name, value in arguments:
+        parameter = name.upper() or next(places, "")
+        kind = kinds.get(parameter, object)
+        try:
+            if kind is not object:
+                _convert(kind, True, value)
+        except (LookupError, ValueError, OverflowError):
+            yield f"{parameter}: {value} is no {kind.__name__}"
+        if parameter not in kinds and "NAME::VALUE" not in usage:
+            yield f"{name or value}: there is no parameter for it"
 
 
 def _names(which: _Answer, pattern: str) -> list[str]:
@@ -3773,88 +3786,80 @@ class _Shell:
         is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.prompt = f"{' '.join(options.socket_name)}> " if is_terminal else ""
         self.found: list[str] = []  # what TAB offers for the present text
+        self.save_history: Callable[[], object] = lambda: None
 
     def run(self) -> int:
         """Run commands until the end, `exit` or `quit`; return the worst exit status, on a terminal 0."""
         if not self.prompt:
             return max(iter(self.step, None), default=0)
+        self.start_line_editing()
         print(
-            "`help` lists commands, `help COMMAND` explains one, `json COMMAND` shows JSON, `exit` ends; TAB completes"
+            "`help` lists commands, `help COMMAND` explains one, `exit` ends; `json COMMAND` shows JSON; TAB completes"
         )
         for answer in _ask_all(self.options, ["which"], self.options.json).values():
             if answer.status == 3:
                 print_error(answer.errors[0])
-        with self.line_editing():
-            while self.step() is not None:
-                pass
+        while self.step() is not None:
+            pass
+        with contextlib.suppress(OSError):
+            self.save_history()
         return 0
 
     def step(self) -> int | None:
         """Read and run one command; return its exit status, or None at the end."""
+        import shlex
+
+        text = ""
         try:
-            words = self.read_words()
+            while True:
+                text += input("... " if text and self.prompt else self.prompt)
+                try:
+                    words = shlex.split(text)
+                    break
+                except ValueError:  # a quoted text goes on in the next line
+                    text += "\n"
             if words in (["exit"], ["quit"]):
                 return None
             command, as_json = self.interpret(words)
             if words and not command:
-                raise ValueError(f"{words[-1]}: which command?")
+                print_error(f"{words[-1]}: which command?")
+                return 2
             return _run(self.options, command, as_json) if command else 0
         except EOFError:
+            if text:
+                print_error("no closing quotation")
+                return 2
             print(end="\n" if self.prompt else "")
             return None
-        except ValueError as error:
-            print_error(str(error))
-            return 2
         except KeyboardInterrupt:  # on a terminal it ends the line, or the waiting for a reply
             if not self.prompt:
                 raise
             print()
             return 0
 
-    def read_words(self) -> list[str]:
-        """Read one command; a quoted text may go on in the next line."""
-        import shlex
-
-        text = input(self.prompt)
-        while True:
-            try:
-                return shlex.split(text)
-            except ValueError as error:
-                try:
-                    text += "\n" + input("... " if self.prompt else "")
-                except EOFError:
-                    raise error from None
-
     def interpret(self, words: list[str]) -> tuple[list[str], bool]:
         """Return the command that WORDS call, and whether in JSON."""
-        as_json = self.options.json
-        if words[:1] == ["json"]:
-            words, as_json = words[1:], True
+        as_json = words[:1] == ["json"]
+        words = words[as_json:]
         if words[:1] == ["call"]:  # also for a server's command `exit` or `json`
-            return words[1:], as_json
-        return ["help" if word == "?" else re.sub("^:([^:]+):$", r"\1", word) for word in words[:1]] + words[
-            1:
-        ], as_json
+            words = words[1:]
+        elif words:
+            words = ["help" if words[0] == "?" else words[0].strip(":"), *words[1:]]
+        return words, as_json or self.options.json
 
-    @contextlib.contextmanager
-    def line_editing(self) -> typing.Iterator[None]:
-        """Have readline complete, and remember the lines of earlier shells."""
-        try:
+    def start_line_editing(self) -> None:
+        """Have readline complete, and remember the lines of earlier shells, where there is readline and a history."""
+        with contextlib.suppress(ImportError, OSError):
             import readline
-        except ImportError:
-            yield
-            return
-        readline.set_completer(self.complete)
-        readline.set_completer_delims(" \t\n")
-        readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
-        readline.set_history_length(1000)
-        path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
-        with contextlib.suppress(OSError, ValueError):
+
+            readline.set_completer(self.complete)
+            readline.set_completer_delims(" \t\n")
+            readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+            readline.set_history_length(1000)
+            path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             readline.read_history_file(path)
-        yield
-        with contextlib.suppress(OSError, ValueError):
-            readline.write_history_file(path)
+            self.save_history = functools.partial(readline.write_history_file, path)
 
     def complete(self, text: str, state: int) -> str | None:
         """Complete commands first, then the names of the command's parameters; for readline."""
@@ -3873,6 +3878,7 @@ class _Shell:
 # ------------------------------------------------------------- command line ----
 
 DEFAULT_SOCKET = "./mi_datagram.sock"
+SOCKET_NAMES = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})"
 
 # Of serving and of each subcommand: how it is written, and what it does.
 USAGES = {
@@ -3880,10 +3886,12 @@ USAGES = {
         Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.
         --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
     "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
-        Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.
-        A VALUE stands by position, NAME::VALUE by name; one with :: in it is ::VALUE. Behind -- are no options.""",
+        Run one command of a server and print its reply. A VALUE stands by position, NAME::VALUE by name; one with ::
+        in it is written ::VALUE. Behind -- are no options. Exit with 0 for success, 1 for an error, 2 for wrong usage,
+        3 for no answer, 4 if it cannot write; of several servers the worst counts.""",
     "shell": """shell [-s NAME]... [--json] [--timeout MS]
-        Run commands of a server as they are typed; `help` lists them, `exit` ends.""",
+        Run commands of a server as they are typed: `help` lists them, `json` before one shows JSON, `exit` ends. The
+        history is ~/.mi_datagram_history, or the file that MI_DATAGRAM_HISTORY names (empty: none).""",
 }
 
 
@@ -3903,15 +3911,24 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
-            raise ParameterError(f"{message}; see `python -m {self.prog} --help`")
+            raise ParameterError(f"{message}; see `python3 -m {self.prog} --help`")
 
     usage, _, description = USAGES[command].partition("\n")
-    parser = Parser(
-        f"mi_datagram {command}".rstrip(), f"python -m mi_datagram {usage}", description, allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"mi_datagram {__version__}")
-    (_add_asking if command else _add_serving)(parser.add_argument)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    prog = f"mi_datagram {command}".rstrip()
+    parser = Parser(prog, f"python3 -m mi_datagram {usage}", description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--version", action="version", version=f"mi_datagram {__version__}")
+    if command:
+        many = f"{SOCKET_NAMES}; several, or a quoted /path/*.sock: all are asked"
+        add("-s", "--socket_name", help=many, metavar="NAME", action="append")
+        add("--timeout", help="ms to wait for a reply (default %(default)s)", metavar="MS", default=SOCKET_TIMEOUT)
+        add(
+            "--reply_dir", help="where to make its own socket: for a server in another network namespace", metavar="DIR"
+        )
+        add("--json", help="ask in JSON-RPC 2.0, also values that are JSON, and print JSON", action="store_true")
+    else:
+        _add_serving(add)
+    add("words", nargs="*", help=argparse.SUPPRESS)
     words = list(arguments)
     for index in range(words.index("--") if "--" in words else len(words)):
         words[index] = re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), words[index])
@@ -3923,39 +3940,33 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
         parser.error(f"{line}: did you mean `{line if options.words[0] in USAGES else 'call ' + line}`?")
     if command:
         options.socket_name = options.socket_name or [DEFAULT_SOCKET]
-        _clients(options)  # a wrong name is told at once
     return options
-
-
-def _add_asking(add: Callable[..., Any]) -> None:
-    """Add the options of `call` and `shell`."""
-    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*.sock: all asked"
-    add("-s", "--socket_name", help=names, metavar="NAME", action="append")
-    add("--timeout", help=f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
-    add("--reply_dir", help="where to make the socket that replies come to", metavar="DIR")
-    add("--json", help="ask in JSON-RPC 2.0, also values that are JSON, and print JSON", action="store_true")
 
 
 def _add_serving(add: Callable[..., Any]) -> None:
     """Add the options of serving; `settings` are those of which the last counts, in their order."""
     meanings = {
-        "socket_name": f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})",
+        "socket_name": SOCKET_NAMES,
         "config": 'read the modparam("mi_datagram", ...) lines of the file VALUE',
         **{name: _meaning(name) for name in PARAMETERS},
     }
     many: dict[str, Any] = {"action": "append", "default": []}
     for name, meaning in meanings.items():
         names = ["-s", "--socket_name"] if name == "socket_name" else [f"--{name}"]
-        pair = functools.partial(lambda name, value: (name, value), name)
-        add(*names, help=meaning, metavar="VALUE", type=pair, dest="settings", **many)
-    add("--load", help="serve its Interface called mi, or NAME", metavar="MODULE_OR_FILE[:NAME]", **many)
-    add("--allow_network", help="let in the UDP peers of a network", metavar="NETWORK", **many)
-    add("--allow_user", help="let in a user on a UNIX socket", metavar="USER", **many)
-    add("-v", "--verbose", help="log more; twice: everything", action="count", default=0)
+        add(*names, help=meaning, metavar="VALUE", type=lambda value, name=name: (name, value), dest="settings", **many)
+    add(
+        "--load",
+        help="serve its Interface called mi, or NAME; several are merged",
+        metavar="MODULE_OR_FILE[:NAME]",
+        **many,
+    )
+    add("--allow_network", help="over UDP, let in this network", metavar="NETWORK", **many)
+    add("--allow_user", help="on a UNIX socket, let in this user", metavar="USER", **many)
+    add("-v", "--verbose", help="log errors that commands answer; twice: everything", action="count", default=0)
 
 
 def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the parameters, the last value of each; those of a file stand where --config stands."""
+    """Return the last value of each parameter; those of a file stand where --config stands."""
     found: dict[str, Any] = {}
     for name, value in settings:
         if name != "config":
@@ -3963,10 +3974,9 @@ def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
             continue
         try:
             with open(value, encoding="utf-8", errors="surrogateescape") as file:
-                text = file.read()
-        except (OSError, ValueError) as error:
-            raise ParameterError(f"config {value!a}: {getattr(error, 'strerror', error)}") from None
-        found.update(read_modparams(text, value))
+                found.update(read_modparams(file.read(), value))
+        except OSError as error:
+            raise ParameterError(f"config {value!a}: {error.strerror}") from None
     return found
 
 
@@ -4018,12 +4028,8 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, S
     allowed = [*options.allow_network, *options.allow_user]
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
     with _holding_signals():  # until there is somebody to remove the file
+        signals = Signals()
         server = interface.server(name, authorize=authorize, listening=listening, **parameters)
-        try:
-            signals = Signals()
-        except OSError:  # there is no descriptor left
-            server.stop()
-            raise
     if is_default:
         print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
     print_error(f"listening on {server.socket_name}")
@@ -4070,9 +4076,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
-        if isinstance(error, BrokenPipeError):
-            return 128 + 13  # as a shell says of SIGPIPE
-        print_error(str(error))
+        if not isinstance(error, BrokenPipeError):
+            print_error(str(error))
         return 4 if command else 2
     except KeyboardInterrupt:
         return 130
