@@ -3790,20 +3790,16 @@ class _Shell:
 
     def run(self) -> int:
         """Run commands until the end, `exit` or `quit`; return the worst exit status, on a terminal 0."""
-        if not self.prompt:
-            return max(iter(self.step, None), default=0)
-        self.start_line_editing()
-        print(
-            "`help` lists commands, `help COMMAND` explains one, `exit` ends; `json COMMAND` shows JSON; TAB completes"
-        )
-        for answer in _ask_all(self.options, ["which"], self.options.json).values():
-            if answer.status == 3:
-                print_error(answer.errors[0])
-        while self.step() is not None:
-            pass
+        if self.prompt:
+            self.start_line_editing()
+            print("`help` lists the commands, TAB completes them, `json` before one shows JSON, `exit` ends")
+            for answer in _ask_all(self.options, ["which"], self.options.json).values():
+                if answer.status == 3:
+                    print_error(answer.errors[0])
+        worst = max(iter(self.step, None), default=0)
         with contextlib.suppress(OSError):
             self.save_history()
-        return 0
+        return 0 if self.prompt else worst
 
     def step(self) -> int | None:
         """Read and run one command; return its exit status, or None at the end."""
@@ -4063,9 +4059,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parse(command, arguments[1:] if command else arguments)
         if command:
             return _Shell(options).run() if command == "shell" else _run(options, options.words, options.json)
-        level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
         log_writer = LogWriter()
-        logging.basicConfig(level=level, handlers=[log_writer])
+        logging.basicConfig(level=max(logging.WARNING - 10 * options.verbose, logging.DEBUG), handlers=[log_writer])
         audit.setLevel(logging.INFO)
         status = _serve(*_make_server(options), log_writer)
         for number in SIGNALS:  # one that comes while the interpreter ends is not to kill it
