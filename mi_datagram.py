@@ -1370,8 +1370,8 @@ class Interface:
 
     `name` and `version` are what the command `version` tells. `core` names the core commands to have: by default all
     but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level the last two show and set, by default
-    the root logger. `async def` commands run on the loop of the `async with mi.server(…)` that serves them, or on `loop`.
-    One Interface may feed several servers.
+    the root logger. `async def` commands run on the loop of `async with mi.server(…)`, or on `loop`. One Interface
+    may feed several servers.
 
     Commands run on the servers' threads, several at once, even the same one: they guard what they share.
     """
