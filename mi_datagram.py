@@ -400,7 +400,7 @@ def format_request(command: str, /, *values: object, **named: object) -> bytes:
 
 def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> bytes:
     if not command or ":" in command or "\n" in command:
-        raise RequestError(f"command {command!a} cannot be written")
+        raise RequestError(f"command {command!a} cannot be written in the line dialect")
     pairs = [(name, _text(value)) for name, value in arguments]
     for text in (command, *itertools.chain(*pairs)):
         if not _has_bytes(text):
@@ -3933,7 +3933,7 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
         parser.error("which command? `call which` lists them")
     if command != "call" and options.words:
         line = " ".join(options.words)
-        parser.error(f"{line}: did you mean `{line if options.words[0] in USAGES else 'call ' + line}`?")
+        raise ParameterError(f"{line}: did you mean `{line if options.words[0] in USAGES else 'call ' + line}`?")
     if command:
         options.socket_name = options.socket_name or [DEFAULT_SOCKET]
     return options
