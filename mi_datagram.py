@@ -3656,13 +3656,8 @@ def _literal(value: str, where: str) -> str | int:
 
 # ---------------------------------------------------------- call and shell ----
 
-
-class _Answer(typing.NamedTuple):
-    """What came of a command on one server: the exit status, the Reply or JSON result, lines for stderr."""
-
-    status: int
-    data: Any = None
-    errors: Sequence[str] = ()
+# What came of a command on one server: the exit status, the nodes or the JSON result, lines for stderr.
+_Answer = tuple[int, Any, list[str]]
 
 
 def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
@@ -3672,18 +3667,17 @@ def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
             print_error(f"{word} is sent as a value by position; by name it is {word.replace('=', '::', 1)}")
     answers = _ask_all(options, words, as_json)
     is_one = len(answers) == 1
-    found = {name: answer.data for name, answer in answers.items() if not answer.status}
-    if not as_json:
-        nothing = "OK" if sys.stdout.isatty() else None
-        found = {name: reply.nodes or nothing for name, reply in found.items()}
+    found = {name: data for name, (status, data, _) in answers.items() if not status}
+    if not as_json and sys.stdout.isatty():
+        found = {name: nodes or "OK" for name, nodes in found.items()}
     if found:
         data = found.popitem()[1] if is_one else found
         print(end=_json_text(data, indent=4) + "\n" if as_json else escape_control_characters(_tree(data)))
     sys.stdout.flush()
-    for name, answer in answers.items():
-        for line in answer.errors:
-            print_error(line, "mi_datagram: " if answer.status > 1 else "" if is_one else f"{name}: ")
-    return max([answer.status for answer in answers.values()])
+    for name, (status, _, errors) in answers.items():
+        for line in errors:
+            print_error(line, "mi_datagram: " if status > 1 else "" if is_one else f"{name}: ")
+    return max([status for status, _, _ in answers.values()])
 
 
 def _ask_all(options: argparse.Namespace, words: list[str], as_json: bool) -> dict[str, _Answer]:
@@ -3693,7 +3687,7 @@ def _ask_all(options: argparse.Namespace, words: list[str], as_json: bool) -> di
     # A pattern stands for the files that it matches now.
     names = [name for pattern in options.socket_name for name in sorted(glob.glob(pattern)) or [pattern]]
     clients = [Client(name, options.timeout, options.reply_dir) for name in dict.fromkeys(names)]
-    answers = {client.socket_name: _Answer(3) for client in clients}
+    answers: dict[str, _Answer] = {client.socket_name: (3, None, []) for client in clients}
 
     def ask(client: Client) -> None:
         answers[client.socket_name] = _ask(client, words, as_json)
@@ -3720,15 +3714,15 @@ def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
         arguments.append((name, value))
     try:
         if not as_json:
-            return _Answer(0, client._call(_format_request(words[0], arguments)))
+            return 0, client._call(_format_request(words[0], arguments)).nodes, []
         values = [value for name, value in arguments if not name]
-        return _Answer(0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}))
+        return 0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}), []
     except CommandError as error:
         data = "" if error.data is None else f": {_json_text(error.data)}"
         hints = [] if words[0] in ("help", "which") else _hints(client, words[0], arguments, error, as_json)
-        return _Answer(1, None, [f"{error.code} {error.reason}{data}", *hints])
+        return 1, None, [f"{error.code} {error.reason}{data}", *hints]
     except Error as error:
-        return _Answer(2 if isinstance(error, RequestError) else 3, None, [str(error)])
+        return 2 if isinstance(error, RequestError) else 3, None, [str(error)]
 
 
 def _hints(client: Client, command: str, arguments: list[Any], error: CommandError, as_json: bool) -> list[str]:
@@ -3736,10 +3730,10 @@ def _hints(client: Client, command: str, arguments: list[Any], error: CommandErr
     import difflib
 
     if error.code == -32601 or error.reason == "command not available":
-        names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json), ".+"))
+        names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json)[1], ".+"))
         return [f"did you mean {' or '.join(names)}?"] if names else []
     if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
-        usages = re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json).data))
+        usages = re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json)[1]))
         return [line for usage in usages for line in (*_misfits(usage, arguments), usage)]
     return []
 
@@ -3761,9 +3755,9 @@ def _misfits(usage: str, arguments: list[tuple[str, Any]]) -> typing.Iterator[st
             yield f"{name or value}: there is no parameter for it"
 
 
-def _names(which: _Answer, pattern: str) -> list[str]:
-    """List what PATTERN finds in an answer of `which`, as far as it can be typed."""
-    names = dict.fromkeys(re.findall(pattern, _tree(which.data)))
+def _names(which: Any, pattern: str) -> list[str]:
+    """List what PATTERN finds in what `which` gave, as far as it can be typed."""
+    names = dict.fromkeys(re.findall(pattern, _tree(which)))
     return [name for name in names if name.isprintable() and name.split() == [name] and "\\" not in name]
 
 
@@ -3793,9 +3787,9 @@ class _Shell:
         if self.prompt:
             self.start_line_editing()
             print("`help` lists the commands, TAB completes them, `json` before one shows JSON, `exit` ends")
-            for answer in _ask_all(self.options, ["which"], self.options.json).values():
-                if answer.status == 3:
-                    print_error(answer.errors[0])
+            for status, _, errors in _ask_all(self.options, ["which"], self.options.json).values():
+                if status == 3:
+                    print_error(errors[0])
         worst = max(iter(self.step, None), default=0)
         with contextlib.suppress(OSError):
             self.save_history()
@@ -3866,7 +3860,7 @@ class _Shell:
             command = [] if words[:1] == ["help"] else words[:1]
             answers = _ask_all(self.options, ["which", *command], as_json).values()  # the first one will do
             pattern = ".+" if not command else r"\S+" if as_json else r"(\S+)::"
-            names = next((_names(answer, pattern) for answer in answers if not answer.status), [])
+            names = next((_names(which, pattern) for status, which, _ in answers if not status), [])
             self.found = [name + ("::" if command else " ") for name in names if name.startswith(text)]
         return self.found[state] if state < len(self.found) else None
 
@@ -3995,9 +3989,9 @@ def _load(what: str) -> Interface:
     interface = getattr(module, name, None)
     if isinstance(interface, Interface):
         return interface
-    why = f"it has no Interface called {name}"
-    if type(interface).__name__ == "Interface":
-        why = f"its Interface is of another copy of this file, {inspect.getfile(type(interface))}, not of {__file__}"
+    kind, why = type(interface), f"it has no Interface called {name}"
+    if kind.__name__ == "Interface":
+        why = f"its Interface is of another copy of this file, {inspect.getfile(kind)}, not of {__file__}"
     raise ParameterError(f"load {what!a}: {why}")
 
 
