@@ -3934,7 +3934,7 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
 
 
 def _add_serving(add: Callable[..., Any]) -> None:
-    """Add the options of serving; `settings` are those of which the last counts, in their order."""
+    """Add the options of serving; `settings` are parameters and --config as (name, value), in their order."""
     meanings = {
         "socket_name": SOCKET_NAMES,
         "config": 'read the modparam("mi_datagram", ...) lines of the file VALUE',
@@ -3955,19 +3955,13 @@ def _add_serving(add: Callable[..., Any]) -> None:
     add("-v", "--verbose", help="log errors that commands answer; twice: everything", action="count", default=0)
 
 
-def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the last value of each parameter; those of a file stand where --config stands."""
-    found: dict[str, Any] = {}
-    for name, value in settings:
-        if name != "config":
-            found[name] = value
-            continue
-        try:
-            with open(value, encoding="utf-8", errors="surrogateescape") as file:
-                found.update(read_modparams(file.read(), value))
-        except OSError as error:
-            raise ParameterError(f"config {value!a}: {error.strerror}") from None
-    return found
+def _read_config(path: str) -> list[tuple[str, Any]]:
+    """Read the parameters that a configuration file has for us."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return read_modparams(file.read(), path)
+    except OSError as error:
+        raise ParameterError(f"config {path!a}: {error.strerror}") from None
 
 
 def _load(what: str) -> Interface:
@@ -3997,7 +3991,12 @@ def _load(what: str) -> Interface:
 
 def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, Signals, int]:
     """Return the server, the signals that come, and the number of children."""
-    given = _collect(options.settings)
+    given: dict[str, Any] = {}
+    for (
+        setting,
+        value,
+    ) in options.settings:  # the last value of each counts; those of a file stand where --config stands
+        given.update(_read_config(value) if setting == "config" else {setting: value})
     listening = activated_socket()
     if listening is not None:
         address = listening.getsockname()
@@ -4044,9 +4043,8 @@ def _serve(server: UnixServer | UDPServer, signals: Signals, children_count: int
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Run the command line; return the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments[:1] in (["call"], ["shell"]) else ""
     _open_streams()
     try:
@@ -4078,7 +4076,7 @@ if __name__ == "__main__":
     _module: Any = sys.modules.setdefault(_name, sys.modules["__main__"])
     if "." in _name:
         setattr(sys.modules[_name.rpartition(".")[0]], _name.rpartition(".")[2], _module)
-    sys.exit(_module.main())
+    sys.exit(_module.main(sys.argv[1:]))
 
 # --------------------------------------------------------------------- 0BSD ----
 #
