@@ -3992,11 +3992,8 @@ def _load(what: str) -> Interface:
 def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, Signals, int]:
     """Return the server, the signals that come, and the number of children."""
     given: dict[str, Any] = {}
-    for (
-        setting,
-        value,
-    ) in options.settings:  # the last value of each counts; those of a file stand where --config stands
-        given.update(_read_config(value) if setting == "config" else {setting: value})
+    for option, value in options.settings:  # the last value of each counts, be it of a file
+        given.update(_read_config(value) if option == "config" else {option: value})
     listening = activated_socket()
     if listening is not None:
         address = listening.getsockname()

@@ -4129,14 +4129,6 @@ def test_call_of_several_servers(folder, main, monkeypatch):
         assert done.returncode == 3 and {*json.loads(done.stdout)} == {"./a.sock", "./b.sock"}
 
 
-def test_what_call_says_on_a_terminal(ops):
-    """On a terminal a line says how a parameter is named, and OK that a command had nothing to say."""
-    hint = "mi_datagram: limit=5 is sent as a value by position; by name it is limit::5\r\n"
-    for words, said in (["echo", "limit=5"], f"{hint}limit=5"), (["nothing"], "OK"):
-        with Terminal("call", "-s", ops, *words) as terminal:
-            assert terminal.end() == (0, said)
-
-
 def test_help(main):
     """Each --help says in the README's words how it is called, fits a terminal and has each parameter's meaning."""
     readme = " ".join((HERE / "README.rst").read_text("utf-8").split())
@@ -4226,10 +4218,12 @@ def test_shell_through_a_pipe(ops, lines, stdout, status):
 
 @pytest.mark.skipif(sys.implementation.name == "pypy", reason="its readline completes otherwise")
 def test_shell_in_a_terminal(folder, ops):
-    """`shell` prompts, completes, says OK for nothing, knows what earlier ones were told, and drops a line at Ctrl-C."""
+    """`shell` prompts, completes, says OK for nothing and how a parameter is named; it has a history, Ctrl-C drops a line."""
+    hint = "mi_datagram: limit=5 is sent as a value by position; by name it is limit::5\r\nlimit=5\r\n"
     typed = [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n"), ("", "> "),
              ("\033[A\r", "\tlimit:: 3\r\n"), ("", "> "), ("help upt\t\r", "Usage:: uptime\r\n"), ("", "> "),
-             ("json ? upt\t\r", '"Usage": "uptime'), ("", "> "), ("nothing\r", "OK\r\n"), ("", "> "),
+             ("json ? upt\t\r", '"Usage": "uptime'), ("", "> "), ("echo limit=5\r", hint), ("", "> "),
+             ("nothing\r", "OK\r\n"), ("", "> "),
              ("dropped", "dropped"), ("\3", "> ")]
     for keys, last in (typed, "\4"), ([("\033[A\r", "nothing\r\nOK\r\n"), ("", "> ")], "exit\r"):
         with Terminal("shell", "-s", ops, history=folder / "history") as terminal:
