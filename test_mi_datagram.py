@@ -3576,10 +3576,10 @@ def cache_flush(zone: str = "all", limit: int = 0):
 def nothing(): pass
 
 @mi.command
-def give(code: int): return Reply(code, "So", ["tree"])
+def give(code: int, *, key: float = 0): return Reply(code, "So", ["tree"])
 
 @mi.command
-def typed(first: bool, *more: int, key: float = 0, **others): pass
+def typed(first: bool, *more: int, **others): pass
 
 @mi.command
 def exit(): return "left"
@@ -3689,8 +3689,10 @@ COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     (["cache_flush", "limit::many"], 1, "", f"400 Bad parameter\nLIMIT: many is no int\n{USAGE}"),
     (["cache_flush", "1", "2", "3", "zon::x"], 1, "", "400 Too few or too many arguments\n"
      f"3: there is no parameter for it\nzon: there is no parameter for it\n{USAGE}"),
-    (["typed", "maybe", "1", "x", "", "key::y", "other::z"], 1, "", "400 Bad parameter\nFIRST: maybe is no bool\n"
-     "MORE: x is no int\nKEY: y is no float\nUsage:: typed FIRST:bool [MORE:int]... [key::KEY:float] [NAME::VALUE]...\n"),
+    (["give", "1", "2", "key::y"], 1, "", "400 Too few or too many arguments\n2: there is no parameter for it\n"
+     "KEY: y is no float\nUsage:: give CODE:int [key::KEY:float]\n"),
+    (["typed", "maybe", "1", "x", "", "y", "other::z"], 1, "", "400 Bad parameter\nFIRST: maybe is no bool\n"
+     "MORE: x is no int\nMORE: y is no int\nUsage:: typed FIRST:bool [MORE:int]... [NAME::VALUE]...\n"),
     (["--json", "cache_flush", "limit::[1]"], 1, "",
      f"""-32602 Invalid params: "Bad type for parameter 'limit'"\nLIMIT: [1] is no int\n{USAGE}"""),
     (["cache_flsh"], 1, "", "500 command not available\ndid you mean cache_flush?\n"),
@@ -4162,7 +4164,7 @@ STREAMS = {  # what a shell makes of the streams: the exit status, and what stde
     CALL + "large | true": (4, ""),
     "yes large | " + CALL.replace("call", "shell") + "| head -c1 > /dev/null": (4, ""),
     CALL + "nothing >&-": (0, ""),
-    CALL + "large > /dev/full": (4, "mi_datagram: [Errno 28] No space left on device\n"),
+    CALL + "euro > /dev/full": (4, "mi_datagram: [Errno 28] No space left on device\n"),
     CALL.replace("call", "shell") + "<&-": (0, ""),
     "PYTHONIOENCODING=ascii " + CALL + "euro": (0, ""),
     "printf 'euro\\nbad \\377\\neuro\\n' | " + CALL.replace("call", "shell") + "> out; test $(wc -l < out) = 2": (0, None),
@@ -4194,7 +4196,7 @@ def test_streams_of_the_command_line(folder, command):
     with serving(mi, folder / "s") as server:
         if "garbage" in command:
             server.finish_request = lambda request, address: server.socket.sendto(b"?", address)
-        done = run("bash", "-o", "pipefail", "-c", command, cwd=folder)
+        done = run("bash", "-o", "pipefail", "-c", command, cwd=folder, env={**os.environ, "PYTHONUNBUFFERED": ""})
     status, said = STREAMS[command]
     assert done.returncode == status and said in (None, done.stderr), done
 
@@ -4222,7 +4224,7 @@ def test_shell_in_a_terminal(folder, ops):
     hint = "mi_datagram: limit=5 is sent as a value by position; by name it is limit::5\r\nlimit=5\r\n"
     typed = [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n"), ("", "> "),
              ("\033[A\r", "\tlimit:: 3\r\n"), ("", "> "), ("help upt\t\r", "Usage:: uptime\r\n"), ("", "> "),
-             ("json ? upt\t\r", '"Usage": "uptime'), ("", "> "), ("echo limit=5\r", hint), ("", "> "),
+             ("json ? core:upt\t\r", '"Usage": "uptime'), ("", "> "), ("echo limit=5\r", hint), ("", "> "),
              ("nothing\r", "OK\r\n"), ("", "> "),
              ("dropped", "dropped"), ("\3", "> ")]
     for keys, last in (typed, "\4"), ([("\033[A\r", "nothing\r\nOK\r\n"), ("", "> ")], "exit\r"):
@@ -4270,6 +4272,7 @@ def test_what_tab_offers(folder, monkeypatch):
     shell = mi_datagram._Shell(mi_datagram._parse("shell", ["-s", str(folder / "none"), "-s", str(folder / "s")]))
     shell.start_line_editing()
     readline.parse_and_bind.assert_called_once_with("bind ^I rl_complete")
+    readline.set_completer_delims.assert_called_once_with(" \t\n")  # no others: names are completed as wholes
     with serving(mi, folder / "s"):
         for line, offered in [("", ["good ", "caf\xe9 "]), ("json ", ["good ", "caf\xe9 "]), ("help g", ["good "]),
                               ("json x go", ["good::"]), ("x go", ["good::"]), ("x y", [])]:
@@ -4279,15 +4282,19 @@ def test_what_tab_offers(folder, monkeypatch):
 
 
 def test_ctrl_c(folder):
-    """Ctrl-C ends a server and a call in their terminals, with nothing to read about it."""
-    with ops_process(folder), Terminal("-s", "./own", cwd=folder) as server:
-        with Terminal("call", "-s", "./s", "--timeout", "600000", "hold", "held", cwd=folder) as call:
-            server.expect("own\r\n")
-            wait_until((folder / "held").exists)
-            for terminal, status in (server, 0), (call, 130):
-                terminal.type("\3")
-                assert terminal.end() == (status, "")
-        (folder / "held").unlink()
+    """Ctrl-C ends a server, a call and a shell without a prompt in their terminals, with nothing to read about it."""
+    (folder / "lines").write_text("hold second\nnothing")
+    asking = ["-s", "./s", "--timeout", "600000"]
+    with ops_process(folder), Terminal("-s", "./own", cwd=folder) as server, \
+            Terminal("call", *asking, "hold", "first", cwd=folder) as call, \
+            Terminal("shell", *asking, command=["sh", "-c", 'exec "$@" < lines', "sh", *MI], cwd=folder) as shell:
+        server.expect("own\r\n")
+        wait_until(lambda: (folder / "first").exists() and (folder / "second").exists())
+        for terminal, status in (server, 0), (call, 130), (shell, 130):
+            terminal.type("\3")
+            assert terminal.end() == (status, "")
+        (folder / "first").unlink()
+        (folder / "second").unlink()
         assert not (folder / "own").exists()
 
 
