@@ -3873,8 +3873,8 @@ SOCKET_NAMES = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})"
 # Of serving and of each subcommand: how it is written, and what it does.
 USAGES = {
     "": """[-s NAME] [--load MODULE_OR_FILE[:NAME]]... [OPTION]...
-        Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.
-        --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
+        Serve commands over a UNIX datagram socket or UDP; `call --help` and `shell --help` say how to ask a server.
+        The last value of an option wins, but --load and --allow_... add up; --a_b and --a-b are the same.""",
     "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
         Run one command of a server and print its reply. A VALUE stands by position, NAME::VALUE by name; one with ::
         in it is written ::VALUE. Behind -- are no options. Exit with 0 for success, 1 for an error, 2 for wrong usage,
