@@ -3740,18 +3740,18 @@ def _hints(client: Client, command: str, arguments: list[Any], error: CommandErr
 
 def _misfits(usage: str, arguments: list[tuple[str, Any]]) -> typing.Iterator[str]:
     """Name the arguments that do not fit a usage like `command ZONE [LIMIT:int] [more::MORE:bool]`."""
-    words = re.findall(r"(\w+::)?(\w+)(?::(int|float|bool))?\]?(\.*)(?!\S)", usage)[1:]
-    kinds = {name: {"int": int, "float": float, "bool": bool}.get(kind, object) for _, name, kind, _ in words}
+    words = re.findall(r"(?<!\S)\[?(\w+::)?(\w+)(?::(int|float|bool))?\]?(\.*)(?!\S)", usage)[1:]
+    kinds = {name: kind for _, name, kind, _ in words}
     places = itertools.chain(*[itertools.repeat(name) if more else [name] for key, name, _, more in words if not key])
     for name, value in arguments:
         parameter = name.upper() or next(places, "")
-        kind = kinds.get(parameter, object)
-        try:
-            if kind is not object:
-                _convert(kind, True, value)
-        except (LookupError, ValueError, OverflowError):
-            yield f"{parameter}: {value} is no {kind.__name__}"
-        if parameter not in kinds and "NAME::VALUE" not in usage:
+        kind = kinds.get(parameter)
+        if kind:
+            try:
+                _convert({"int": int, "float": float, "bool": bool}[kind], True, value)
+            except (LookupError, ValueError, OverflowError):
+                yield f"{parameter}: {value} is no {kind}"
+        elif kind is None and "NAME::VALUE" not in usage:
             yield f"{name or value}: there is no parameter for it"
 
 
@@ -3859,7 +3859,7 @@ class _Shell:
             words, as_json = self.interpret(readline.get_line_buffer()[: readline.get_begidx()].split())
             command = [] if words[:1] == ["help"] else words[:1]
             answers = _ask_all(self.options, ["which", *command], as_json).values()  # the first one will do
-            pattern = ".+" if not command else r"\S+" if as_json else r"(\S+)::"
+            pattern = ".+" if not command else r"\S+" if as_json else r"(?<!\S)(\S+)::"
             names = next((_names(which, pattern) for status, which, _ in answers if not status), [])
             self.found = [name + ("::" if command else " ") for name in names if name.startswith(text)]
         return self.found[state] if state < len(self.found) else None

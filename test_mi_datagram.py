@@ -4259,7 +4259,8 @@ def test_shell_and_a_server_that_comes_and_goes(folder):
 
 
 def test_what_tab_offers(folder, monkeypatch):
-    """With libedit, too, TAB completes; of what a hostile server says, only names that can be typed and shown."""
+    """With libedit, too, TAB completes; of what a hostile server says, only names that can be typed, and soon."""
+    long, begun = 60_000 * "x", time.monotonic()
     names = ["good", "bad name", "two\nlines", "es\x1bcape", "bi\u202edi", "c1\x9b", "", "caf\xe9"]
     mi, readline = Interface(core=()), unittest.mock.Mock(__doc__="This module uses libedit")
     monkeypatch.setitem(sys.modules, "readline", readline)
@@ -4267,7 +4268,7 @@ def test_what_tab_offers(folder, monkeypatch):
 
     @mi.command(pass_request=True)
     def which(request, command=None):
-        return names if not command else [["good"], ["c1\x9b"]] if request.dialect == "json" else ["x", "x good:: c1\x9b::"]
+        return names if not command else [["good"], ["c1\x9b"]] if request.dialect == "json" else ["x", "x good:: c1\x9b::", long]
 
     shell = mi_datagram._Shell(mi_datagram._parse("shell", ["-s", str(folder / "none"), "-s", str(folder / "s")]))
     shell.start_line_editing()
@@ -4279,6 +4280,8 @@ def test_what_tab_offers(folder, monkeypatch):
             begin = line.rfind(" ") + 1
             readline.get_line_buffer.return_value, readline.get_begidx.return_value = line, begin
             assert [shell.complete(line[begin:], state) for state in range(len(offered) + 1)] == [*offered, None]
+    assert [*mi_datagram._misfits(f"Usage:: x {long}:", [("", "1")])] == ["1: there is no parameter for it"]
+    assert time.monotonic() - begun < DEADLINE
 
 
 def test_ctrl_c(folder):
