@@ -3912,9 +3912,7 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
         many = f"{SOCKET_NAMES}; several, or a quoted /path/*.sock: all are asked"
         add("-s", "--socket_name", help=many, metavar="NAME", action="append")
         add("--timeout", help="ms to wait for a reply (default %(default)s)", metavar="MS", default=SOCKET_TIMEOUT)
-        add(
-            "--reply_dir", help="where to make its own socket: for a server in another network namespace", metavar="DIR"
-        )
+        add("--reply_dir", help="folder for its socket, if the server is in another network namespace", metavar="DIR")
         add("--json", help="ask in JSON-RPC 2.0, also values that are JSON, and print JSON", action="store_true")
     else:
         _add_serving(add)
@@ -3935,21 +3933,13 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
 
 def _add_serving(add: Callable[..., Any]) -> None:
     """Add the options of serving; `settings` are parameters and --config as (name, value), in their order."""
-    meanings = {
-        "socket_name": SOCKET_NAMES,
-        "config": 'read the modparam("mi_datagram", ...) lines of the file VALUE',
-        **{name: _meaning(name) for name in PARAMETERS},
-    }
+    meanings = {"socket_name": SOCKET_NAMES, "config": 'read the modparam("mi_datagram", ...) lines of the file VALUE'}
+    meanings.update({name: _meaning(name) for name in PARAMETERS})
     many: dict[str, Any] = {"action": "append", "default": []}
     for name, meaning in meanings.items():
         names = ["-s", "--socket_name"] if name == "socket_name" else [f"--{name}"]
         add(*names, help=meaning, metavar="VALUE", type=lambda value, name=name: (name, value), dest="settings", **many)
-    add(
-        "--load",
-        help="serve its Interface called mi, or NAME; several are merged",
-        metavar="MODULE_OR_FILE[:NAME]",
-        **many,
-    )
+    add("--load", help="serve its Interface mi, or NAME; several are merged", metavar="MODULE_OR_FILE[:NAME]", **many)
     add("--allow_network", help="over UDP, let in this network", metavar="NETWORK", **many)
     add("--allow_user", help="on a UNIX socket, let in this user", metavar="USER", **many)
     add("-v", "--verbose", help="log errors that commands answer; twice: everything", action="count", default=0)
