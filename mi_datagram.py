@@ -3710,7 +3710,7 @@ def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
     for word in words[1:]:
         name, value = word.split("::", 1) if "::" in word else ("", word)
         with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is a string
-            value = json.loads(value) if as_json else value
+            value = _decode_json(value) if as_json else value
         arguments.append((name, value))
     try:
         if not as_json:

@@ -3701,7 +3701,7 @@ COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     (["--json", "cache_flush", "none"], 1, "", '404 No such zone: {"zone": "n\xf6ne\\u009b\\u202e"}\n'),
     *[(words, 0, json.dumps(result, indent=4, ensure_ascii=False) + "\n", "") for words, result in [
         (["--json", "nothing"], "OK"),
-        (["--json", "echo", "1", "-1.5", "true", '{"a":[]}', "x", '"1"'], [1, -1.5, True, {"a": []}, "x", "1"]),
+        (["--json", "echo", "1", "-1.5", "true", '{"a":[]}', "x", "NaN", '"1"'], [1, -1.5, True, {"a": []}, "x", "NaN", "1"]),
         (["cache_flush", "limit::3", "--json", "zone::x"], {"Flushed": {"zone": "x", "limit": 3}}),
         (["echo", "\u20ac", "--json"], ["\u20ac"]),
     ]],
