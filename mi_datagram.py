@@ -400,7 +400,7 @@ def format_request(command: str, /, *values: object, **named: object) -> bytes:
 
 def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> bytes:
     if not command or ":" in command or "\n" in command:
-        raise RequestError(f"command {command!a} cannot be written in the line dialect")
+        raise RequestError(f"command {command!a} cannot be written")
     pairs = [(name, _text(value)) for name, value in arguments]
     for text in (command, *itertools.chain(*pairs)):
         if not _has_bytes(text):
@@ -1370,8 +1370,7 @@ class Interface:
 
     `name` and `version` are what the command `version` tells. `core` names the core commands to have: by default all
     but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level the last two show and set, by default
-    the root logger. `async def` commands run on the loop of `async with mi.server(…)`, or on `loop`. One Interface
-    may feed several servers.
+    the root logger. `async def` commands run on `loop`. One Interface may feed several servers.
 
     Commands run on the servers' threads, several at once, even the same one: they guard what they share.
     """
@@ -4003,9 +4002,8 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, S
         raise ParameterError("allow_user: this system does not tell who a peer is")
     allowed = [*options.allow_network, *options.allow_user]
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
-    with _holding_signals():  # until there is somebody to remove the file
-        signals = Signals()
-        server = interface.server(name, authorize=authorize, listening=listening, **parameters)
+    signals = Signals()  # before there is a file that somebody must remove
+    server = interface.server(name, authorize=authorize, listening=listening, **parameters)
     if is_default:
         print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
     print_error(f"listening on {server.socket_name}")

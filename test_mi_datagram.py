@@ -4970,11 +4970,11 @@ def test_whatever_comes_in_the_invariant_holds(kind, folder, monkeypatch, caplog
     mi, other, sock, rounds, forged = fuzz_interface(), interface(), None, 0, []
     handler = logging.Handler()
     handler.emit = lambda r: r.getMessage().replace("\n    | ", "").isprintable() or forged.append(r)
-    monkeypatch.setattr(mi_datagram, "Signals", object)
     monkeypatch.setattr(mi_datagram.log, "handlers", [handler])
     monkeypatch.setattr(mi_datagram.log, "propagate", False)
     monkeypatch.chdir(folder)
     caplog.set_level(logging.DEBUG, "mi_datagram")
+    monkeypatch.setattr(mi_datagram, "Signals", object)
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with open(os.devnull, "w", errors="replace") as null, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(null))
