@@ -8,7 +8,7 @@ the SIP servers Kamailio and OpenSIPS or in JSON-RPC 2.0, so that their
 clients work with it unchanged.
 
     :cache_flush:\\n            {"jsonrpc":"2.0","method":"cache_flush",
-    prefix::a\\n                 "params":{"prefix":"a"},"id":1}
+    zone::all\\n                 "params":{"zone":"all"},"id":1}
 
     200 OK\\n                   {"jsonrpc":"2.0",
     Flushed:: 12\\n              "result":{"Flushed":12},"id":1}
