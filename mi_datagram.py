@@ -20,14 +20,14 @@ Copy this one file into a project and write:
     mi = mi_datagram.Interface()              # has the core commands
 
     @mi.command
-    def cache_flush(zone: str = "all", limit: int = 0):
-        '''Drop the cached entries of ZONE.'''
-        return {"Flushed": cache.flush(zone, limit)}
+    def cache_flush(prefix: str = "", limit: int = 100):
+        '''Drop the entries that begin with PREFIX, LIMIT at most.'''
+        return {"Flushed": cache.flush(prefix, limit)}
 
     with mi.server("/run/app/mi.sock", unix_socket_mode=0o600):
         app.run()                             # served in the background
 
-or run `python -m mi_datagram --help`. Only the standard library is needed.
+or run `python3 -m mi_datagram --help`. Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -3580,21 +3580,8 @@ def _literal(value: str, where: str) -> str | int:
 
 # ---------------------------------------------------------- call and shell ----
 
-
-class _Answer(typing.NamedTuple):
-    """What came of a command on one server: the exit status, the Reply or JSON result, lines for stderr."""
-
-    status: int
-    data: Any = None
-    errors: Sequence[str] = ()
-
-
-def _clients(options: argparse.Namespace) -> list[Client]:
-    """Make a client for each server that there is now; a pattern stands for the files that it matches."""
-    import glob
-
-    names = [name for pattern in options.socket_name for name in sorted(glob.glob(pattern)) or [pattern]]
-    return [Client(name, options.timeout, options.reply_dir) for name in dict.fromkeys(names)]
+# What came of a command on one server: the exit status, the nodes or the JSON result, lines for stderr.
+_Answer = tuple[int, Any, list[str]]
 
 
 def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
@@ -3604,24 +3591,27 @@ def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
             print_error(f"{word} is sent as a value by position; by name it is {word.replace('=', '::', 1)}")
     answers = _ask_all(options, words, as_json)
     is_one = len(answers) == 1
-    data = {name: answer.data for name, answer in answers.items() if not answer.status}
-    if data and as_json:
-        print(_json_text(data.popitem()[1] if is_one else data, indent=4))
-    elif data:
-        nothing = "OK" if sys.stdout.isatty() else None
-        trees = {name: reply.nodes or nothing for name, reply in data.items()}
-        print(end=escape_control_characters(_tree(trees.popitem()[1] if is_one else trees)))
+    found = {name: data for name, (status, data, _) in answers.items() if not status}
+    if not as_json and sys.stdout.isatty():
+        found = {name: nodes or "OK" for name, nodes in found.items()}
+    if found:
+        data = found.popitem()[1] if is_one else found
+        print(end=_json_text(data, indent=4) + "\n" if as_json else escape_control_characters(_tree(data)))
     sys.stdout.flush()
-    for name, answer in answers.items():
-        for line in answer.errors:
-            print_error(line, "mi_datagram: " if answer.status > 1 else "" if is_one else f"{name}: ")
-    return max([answer.status for answer in answers.values()])
+    for name, (status, _, errors) in answers.items():
+        for line in errors:
+            print_error(line, "mi_datagram: " if status > 1 else "" if is_one else f"{name}: ")
+    return max([status for status, _, _ in answers.values()])
 
 
 def _ask_all(options: argparse.Namespace, words: list[str], as_json: bool) -> dict[str, _Answer]:
     """Ask all servers at once, return the answers by their names; after Ctrl-C no thread is waited for."""
-    clients = _clients(options)
-    answers = {client.socket_name: _Answer(3) for client in clients}
+    import glob
+
+    # A pattern stands for the files that it matches now.
+    names = [name for pattern in options.socket_name for name in sorted(glob.glob(pattern)) or [pattern]]
+    clients = [Client(name, options.timeout, options.reply_dir) for name in dict.fromkeys(names)]
+    answers: dict[str, _Answer] = {client.socket_name: (3, None, []) for client in clients}
 
     def ask(client: Client) -> None:
         answers[client.socket_name] = _ask(client, words, as_json)
@@ -3642,40 +3632,56 @@ def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
     """Run a command as typed on one server."""
     arguments: list[tuple[str, Any]] = []
     for word in words[1:]:
-        name, separator, value = word.partition("::")
-        arguments.append((name, value) if separator else ("", word))
-        if as_json:
-            with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is a string
-                arguments[-1] = (arguments[-1][0], json.loads(arguments[-1][1]))
+        name, value = word.split("::", 1) if "::" in word else ("", word)
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is a string
+            value = _decode_json(value) if as_json else value
+        arguments.append((name, value))
     try:
         if not as_json:
-            return _Answer(0, client._call(_format_request(words[0], arguments)))
+            return 0, client._call(_format_request(words[0], arguments)).nodes, []
         values = [value for name, value in arguments if not name]
-        return _Answer(0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}))
+        return 0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}), []
     except CommandError as error:
         data = "" if error.data is None else f": {_json_text(error.data)}"
-        return _Answer(1, None, [f"{error.code} {error.reason}{data}", *_hints(client, words[0], error, as_json)])
+        hints = [] if words[0] in ("help", "which") else _hints(client, words[0], arguments, error, as_json)
+        return 1, None, [f"{error.code} {error.reason}{data}", *hints]
     except Error as error:
-        return _Answer(2 if isinstance(error, RequestError) else 3, None, [str(error)])
+        return 2 if isinstance(error, RequestError) else 3, None, [str(error)]
 
 
-def _hints(client: Client, command: str, error: CommandError, as_json: bool) -> list[str]:
+def _hints(client: Client, command: str, arguments: list[Any], error: CommandError, as_json: bool) -> list[str]:
     """Say what would do in place of a call that was refused, as far as the server tells."""
     import difflib
 
-    if command in ("help", "which"):
-        return []
     if error.code == -32601 or error.reason == "command not available":
-        names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json), ".+"))
+        names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json)[1], ".+"))
         return [f"did you mean {' or '.join(names)}?"] if names else []
     if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
-        return re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json).data))
+        usages = re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json)[1]))
+        return [line for usage in usages for line in (*_misfits(usage, arguments), usage)]
     return []
 
 
-def _names(which: _Answer, pattern: str) -> list[str]:
-    """List what PATTERN finds in an answer of `which`, as far as it can be typed."""
-    names = dict.fromkeys(re.findall(pattern, _tree(which.data)))
+def _misfits(usage: str, arguments: list[tuple[str, Any]]) -> typing.Iterator[str]:
+    """Name the arguments that do not fit a usage like `command ZONE [LIMIT:int] [more::MORE:bool]`."""
+    words = re.findall(r"(?<!\S)\[?(\w+::)?(\w+)(?::(int|float|bool))?\]?(\.*)(?!\S)", usage)[1:]
+    kinds = {name: kind for _, name, kind, _ in words}
+    places = itertools.chain(*[itertools.repeat(name) if more else [name] for key, name, _, more in words if not key])
+    for name, value in arguments:
+        parameter = name.upper() or next(places, "")
+        kind = kinds.get(parameter)
+        if kind:
+            try:
+                _convert({"int": int, "float": float, "bool": bool}[kind], True, value)
+            except (LookupError, ValueError, OverflowError):
+                yield f"{parameter}: {value} is no {kind}"
+        elif kind is None and "NAME::VALUE" not in usage:
+            yield f"{name or value}: there is no parameter for it"
+
+
+def _names(which: Any, pattern: str) -> list[str]:
+    """List what PATTERN finds in what `which` gave, as far as it can be typed."""
+    names = dict.fromkeys(re.findall(pattern, _tree(which)))
     return [name for name in names if name.isprintable() and name.split() == [name] and "\\" not in name]
 
 
@@ -3698,88 +3704,76 @@ class _Shell:
         is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.prompt = f"{' '.join(options.socket_name)}> " if is_terminal else ""
         self.found: list[str] = []  # what TAB offers for the present text
+        self.save_history: Callable[[], object] = lambda: None
 
     def run(self) -> int:
         """Run commands until the end, `exit` or `quit`; return the worst exit status, on a terminal 0."""
-        if not self.prompt:
-            return max(iter(self.step, None), default=0)
-        print(
-            "`help` lists commands, `help COMMAND` explains one, `json COMMAND` shows JSON, `exit` ends; TAB completes"
-        )
-        for answer in _ask_all(self.options, ["which"], self.options.json).values():
-            if answer.status == 3:
-                print_error(answer.errors[0])
-        with self.line_editing():
-            while self.step() is not None:
-                pass
-        return 0
+        if self.prompt:
+            self.start_line_editing()
+            print("`help` lists the commands, TAB completes them, `json` before one shows JSON, `exit` ends")
+            for status, _, errors in _ask_all(self.options, ["which"], self.options.json).values():
+                if status == 3:
+                    print_error(errors[0])
+        worst = max(iter(self.step, None), default=0)
+        with contextlib.suppress(OSError):
+            self.save_history()
+        return 0 if self.prompt else worst
 
     def step(self) -> int | None:
         """Read and run one command; return its exit status, or None at the end."""
+        import shlex
+
+        text = ""
         try:
-            words = self.read_words()
+            while True:
+                text += input("... " if text and self.prompt else self.prompt)
+                try:
+                    words = shlex.split(text)
+                    break
+                except ValueError:  # a quoted text goes on in the next line
+                    text += "\n"
             if words in (["exit"], ["quit"]):
                 return None
             command, as_json = self.interpret(words)
             if words and not command:
-                raise ValueError(f"{words[-1]}: which command?")
+                print_error(f"{words[-1]}: which command?")
+                return 2
             return _run(self.options, command, as_json) if command else 0
         except EOFError:
+            if text:
+                print_error("no closing quotation")
+                return 2
             print(end="\n" if self.prompt else "")
             return None
-        except ValueError as error:
-            print_error(str(error))
-            return 2
         except KeyboardInterrupt:  # on a terminal it ends the line, or the waiting for a reply
             if not self.prompt:
                 raise
             print()
             return 0
 
-    def read_words(self) -> list[str]:
-        """Read one command; a quoted text may go on in the next line."""
-        import shlex
-
-        text = input(self.prompt)
-        while True:
-            try:
-                return shlex.split(text)
-            except ValueError as error:
-                try:
-                    text += "\n" + input("... " if self.prompt else "")
-                except EOFError:
-                    raise error from None
-
     def interpret(self, words: list[str]) -> tuple[list[str], bool]:
         """Return the command that WORDS call, and whether in JSON."""
-        as_json = self.options.json
-        if words[:1] == ["json"]:
-            words, as_json = words[1:], True
+        as_json = words[:1] == ["json"]
+        words = words[as_json:]
         if words[:1] == ["call"]:  # also for a server's command `exit` or `json`
-            return words[1:], as_json
-        return ["help" if word == "?" else re.sub("^:([^:]+):$", r"\1", word) for word in words[:1]] + words[
-            1:
-        ], as_json
+            words = words[1:]
+        elif words:
+            words = ["help" if words[0] == "?" else words[0].strip(":"), *words[1:]]
+        return words, as_json or self.options.json
 
-    @contextlib.contextmanager
-    def line_editing(self) -> typing.Iterator[None]:
-        """Have readline complete, and remember the lines of earlier shells."""
-        try:
+    def start_line_editing(self) -> None:
+        """Have readline complete, and remember the lines of earlier shells, where there is readline and a history."""
+        with contextlib.suppress(ImportError, OSError):
             import readline
-        except ImportError:
-            yield
-            return
-        readline.set_completer(self.complete)
-        readline.set_completer_delims(" \t\n")
-        readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
-        readline.set_history_length(1000)
-        path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
-        with contextlib.suppress(OSError, ValueError):
+
+            readline.set_completer(self.complete)
+            readline.set_completer_delims(" \t\n")
+            readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+            readline.set_history_length(1000)
+            path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             readline.read_history_file(path)
-        yield
-        with contextlib.suppress(OSError, ValueError):
-            readline.write_history_file(path)
+            self.save_history = functools.partial(readline.write_history_file, path)
 
     def complete(self, text: str, state: int) -> str | None:
         """Complete commands first, then the names of the command's parameters; for readline."""
@@ -3789,8 +3783,8 @@ class _Shell:
             words, as_json = self.interpret(readline.get_line_buffer()[: readline.get_begidx()].split())
             command = [] if words[:1] == ["help"] else words[:1]
             answers = _ask_all(self.options, ["which", *command], as_json).values()  # the first one will do
-            pattern = ".+" if not command else r"\S+" if as_json else r"(\S+)::"
-            names = next((_names(answer, pattern) for answer in answers if not answer.status), [])
+            pattern = ".+" if not command else r"\S+" if as_json else r"(?<!\S)(\S+)::"
+            names = next((_names(which, pattern) for status, which, _ in answers if not status), [])
             self.found = [name + ("::" if command else " ") for name in names if name.startswith(text)]
         return self.found[state] if state < len(self.found) else None
 
@@ -3798,17 +3792,20 @@ class _Shell:
 # ------------------------------------------------------------- command line ----
 
 DEFAULT_SOCKET = "./mi_datagram.sock"
+SOCKET_NAMES = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})"
 
 # Of serving and of each subcommand: how it is written, and what it does.
 USAGES = {
     "": """[-s NAME] [--load MODULE_OR_FILE[:NAME]]... [OPTION]...
-        Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.
-        --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
+        Serve commands over a UNIX datagram socket or UDP; `call --help` and `shell --help` say how to ask a server.
+        The last value of an option wins, but --load and --allow_... add up; --a_b and --a-b are the same.""",
     "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
-        Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.
-        A VALUE stands by position, NAME::VALUE by name; one with :: in it is ::VALUE. Behind -- are no options.""",
+        Run one command of a server and print its reply. A VALUE stands by position, NAME::VALUE by name; one with ::
+        in it is written ::VALUE. Behind -- are no options. Exit with 0 for success, 1 for an error, 2 for wrong usage,
+        3 for no answer, 4 if it cannot write; of several servers the worst counts.""",
     "shell": """shell [-s NAME]... [--json] [--timeout MS]
-        Run commands of a server as they are typed; `help` lists them, `exit` ends.""",
+        Run commands of a server as they are typed: `help` lists them, `json` before one shows JSON, `exit` ends. The
+        history is ~/.mi_datagram_history, or the file that MI_DATAGRAM_HISTORY names (empty: none).""",
 }
 
 
@@ -3828,15 +3825,22 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
-            raise ParameterError(f"{message}; see `python -m {self.prog} --help`")
+            raise ParameterError(f"{message}; see `python3 -m {self.prog} --help`")
 
     usage, _, description = USAGES[command].partition("\n")
-    parser = Parser(
-        f"mi_datagram {command}".rstrip(), f"python -m mi_datagram {usage}", description, allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"mi_datagram {__version__}")
-    (_add_asking if command else _add_serving)(parser.add_argument)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    prog = f"mi_datagram {command}".rstrip()
+    parser = Parser(prog, f"python3 -m mi_datagram {usage}", description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--version", action="version", version=f"mi_datagram {__version__}")
+    if command:
+        many = f"{SOCKET_NAMES}; several, or a quoted /path/*.sock: all are asked"
+        add("-s", "--socket_name", help=many, metavar="NAME", action="append")
+        add("--timeout", help="ms to wait for a reply (default %(default)s)", metavar="MS", default=SOCKET_TIMEOUT)
+        add("--reply_dir", help="folder for its socket, if the server is in another network namespace", metavar="DIR")
+        add("--json", help="ask in JSON-RPC 2.0, also values that are JSON, and print JSON", action="store_true")
+    else:
+        _add_serving(add)
+    add("words", nargs="*", help=argparse.SUPPRESS)
     words = list(arguments)
     for index in range(words.index("--") if "--" in words else len(words)):
         words[index] = re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), words[index])
@@ -3845,54 +3849,33 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
         parser.error("which command? `call which` lists them")
     if command != "call" and options.words:
         line = " ".join(options.words)
-        parser.error(f"{line}: did you mean `{line if options.words[0] in USAGES else 'call ' + line}`?")
+        raise ParameterError(f"{line}: did you mean `{line if options.words[0] in USAGES else 'call ' + line}`?")
     if command:
         options.socket_name = options.socket_name or [DEFAULT_SOCKET]
-        _clients(options)  # a wrong name is told at once
     return options
 
 
-def _add_asking(add: Callable[..., Any]) -> None:
-    """Add the options of `call` and `shell`."""
-    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*.sock: all asked"
-    add("-s", "--socket_name", help=names, metavar="NAME", action="append")
-    add("--timeout", help=f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
-    add("--reply_dir", help="where to make the socket that replies come to", metavar="DIR")
-    add("--json", help="ask in JSON-RPC 2.0, also values that are JSON, and print JSON", action="store_true")
-
-
 def _add_serving(add: Callable[..., Any]) -> None:
-    """Add the options of serving; `settings` are those of which the last counts, in their order."""
-    meanings = {
-        "socket_name": f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})",
-        "config": 'read the modparam("mi_datagram", ...) lines of the file VALUE',
-        **{name: _meaning(name) for name in PARAMETERS},
-    }
+    """Add the options of serving; `settings` are parameters and --config as (name, value), in their order."""
+    meanings = {"socket_name": SOCKET_NAMES, "config": 'read the modparam("mi_datagram", ...) lines of the file VALUE'}
+    meanings.update({name: _meaning(name) for name in PARAMETERS})
     many: dict[str, Any] = {"action": "append", "default": []}
     for name, meaning in meanings.items():
         names = ["-s", "--socket_name"] if name == "socket_name" else [f"--{name}"]
-        pair = functools.partial(lambda name, value: (name, value), name)
-        add(*names, help=meaning, metavar="VALUE", type=pair, dest="settings", **many)
-    add("--load", help="serve its Interface called mi, or NAME", metavar="MODULE_OR_FILE[:NAME]", **many)
-    add("--allow_network", help="let in the UDP peers of a network", metavar="NETWORK", **many)
-    add("--allow_user", help="let in a user on a UNIX socket", metavar="USER", **many)
-    add("-v", "--verbose", help="log more; twice: everything", action="count", default=0)
+        add(*names, help=meaning, metavar="VALUE", type=lambda value, name=name: (name, value), dest="settings", **many)
+    add("--load", help="serve its Interface mi, or NAME; several are merged", metavar="MODULE_OR_FILE[:NAME]", **many)
+    add("--allow_network", help="over UDP, let in this network", metavar="NETWORK", **many)
+    add("--allow_user", help="on a UNIX socket, let in this user", metavar="USER", **many)
+    add("-v", "--verbose", help="log errors that commands answer; twice: everything", action="count", default=0)
 
 
-def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the parameters, the last value of each; those of a file stand where --config stands."""
-    found: dict[str, Any] = {}
-    for name, value in settings:
-        if name != "config":
-            found[name] = value
-            continue
-        try:
-            with open(value, encoding="utf-8", errors="surrogateescape") as file:
-                text = file.read()
-        except (OSError, ValueError) as error:
-            raise ParameterError(f"config {value!a}: {getattr(error, 'strerror', error)}") from None
-        found.update(read_modparams(text, value))
-    return found
+def _read_config(path: str) -> list[tuple[str, Any]]:
+    """Read the parameters that a configuration file has for us."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return read_modparams(file.read(), path)
+    except OSError as error:
+        raise ParameterError(f"config {path!a}: {error.strerror}") from None
 
 
 def _load(what: str) -> Interface:
@@ -3914,15 +3897,17 @@ def _load(what: str) -> Interface:
     interface = getattr(module, name, None)
     if isinstance(interface, Interface):
         return interface
-    why = f"it has no Interface called {name}"
-    if type(interface).__name__ == "Interface":
-        why = f"its Interface is of another copy of this file, {inspect.getfile(type(interface))}, not of {__file__}"
+    kind, why = type(interface), f"it has no Interface called {name}"
+    if kind.__name__ == "Interface":
+        why = f"its Interface is of another copy of this file, {inspect.getfile(kind)}, not of {__file__}"
     raise ParameterError(f"load {what!a}: {why}")
 
 
 def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, Signals, int]:
     """Return the server, the signals that come, and the number of children."""
-    given = _collect(options.settings)
+    given: dict[str, Any] = {}
+    for option, value in options.settings:  # the last value of each counts, be it of a file
+        given.update(_read_config(value) if option == "config" else {option: value})
     listening = activated_socket()
     if listening is not None:
         address = listening.getsockname()
@@ -3942,13 +3927,8 @@ def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, S
         raise ParameterError("allow_user: this system does not tell who a peer is")
     allowed = [*options.allow_network, *options.allow_user]
     authorize = (allow_networks if is_udp else allow_users)(*allowed) if allowed else None
-    with _holding_signals():  # until there is somebody to remove the file
-        server = interface.server(name, authorize=authorize, listening=listening, **parameters)
-        try:
-            signals = Signals()
-        except OSError:  # there is no descriptor left
-            server.stop()
-            raise
+    signals = Signals()  # before there is a file that somebody must remove
+    server = interface.server(name, authorize=authorize, listening=listening, **parameters)
     if is_default:
         print_error(f"no socket_name given, using {DEFAULT_SOCKET}")
     print_error(f"listening on {server.socket_name}")
@@ -3973,18 +3953,16 @@ def _serve(server: UnixServer | UDPServer, signals: Signals, children_count: int
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Run the command line; return the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments[:1] in (["call"], ["shell"]) else ""
     _open_streams()
     try:
         options = _parse(command, arguments[1:] if command else arguments)
         if command:
             return _Shell(options).run() if command == "shell" else _run(options, options.words, options.json)
-        level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
         log_writer = LogWriter()
-        logging.basicConfig(level=level, handlers=[log_writer])
+        logging.basicConfig(level=max(logging.WARNING - 10 * options.verbose, logging.DEBUG), handlers=[log_writer])
         audit.setLevel(logging.INFO)
         status = _serve(*_make_server(options), log_writer)
         for number in SIGNALS:  # one that comes while the interpreter ends is not to kill it
@@ -3995,9 +3973,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
-        if isinstance(error, BrokenPipeError):
-            return 128 + 13  # as a shell says of SIGPIPE
-        print_error(str(error))
+        if not isinstance(error, BrokenPipeError):
+            print_error(str(error))
         return 4 if command else 2
     except KeyboardInterrupt:
         return 130
@@ -4009,7 +3986,7 @@ if __name__ == "__main__":
     _module: Any = sys.modules.setdefault(_name, sys.modules["__main__"])
     if "." in _name:
         setattr(sys.modules[_name.rpartition(".")[0]], _name.rpartition(".")[2], _module)
-    sys.exit(_module.main())
+    sys.exit(_module.main(sys.argv[1:]))
 
 # --------------------------------------------------------------------- 0BSD ----
 #

@@ -91,6 +91,7 @@ import threading
 import time
 import types
 import typing
+import unittest.mock
 import uuid
 from decimal import Decimal
 
@@ -219,7 +220,8 @@ def main(monkeypatch, capfd):
             status = end.code
         return subprocess.CompletedProcess(words, status, *capfd.readouterr())
 
-    monkeypatch.setattr(signal, "set_wakeup_fd", lambda *_, **__: pytest.fail("it serves"))
+    monkeypatch.setattr(mi_datagram, "Signals", object)
+    monkeypatch.setattr(mi_datagram, "_serve", lambda *_: pytest.fail("it serves"))
     monkeypatch.setattr(mi_datagram.audit, "setLevel", lambda level: None)
     monkeypatch.setattr(sys, "path", [*sys.path])
     return main
@@ -3541,7 +3543,7 @@ def test_reply_dir_without_a_descriptor(folder):
 
 OPS = '''
 import os, time
-from mi_datagram import CommandError, Interface, Node
+from mi_datagram import CommandError, Interface, Node, Reply
 
 mi = Interface()
 
@@ -3558,6 +3560,12 @@ def cache_flush(zone: str = "all", limit: int = 0):
 
 @mi.command
 def nothing(): pass
+
+@mi.command
+def give(code: int, *, key: float = 0): return Reply(code, "So", ["tree"])
+
+@mi.command
+def typed(first: bool, *more: int, **others): pass
 
 @mi.command
 def exit(): return "left"
@@ -3654,23 +3662,32 @@ LOADS = [  # what to load, beside OPS in a.py, and what the refusal says
     ("from copied import mi_datagram as m; mi = m.Interface()", ["b.py"], ["copied/mi_datagram.py", str(MODULE)]),
 ]
 
+USAGE = "Usage:: cache_flush [ZONE] [LIMIT:int]\n"
 COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     (["nothing"], 0, "", ""),
     (["echo", "a", "b c", "", 'say "hi"', "two\nlines"], 0, 'a\nb c\n\nsay "hi"\ntwo\\nlines\n', ""),
     (["echo", "n::v", "n::", "::x::y", "-1", "--", "--json", "-x"], 0, "n:: v\nn:: \nx::y\n-1\n--json\n-x\n", ""),
     (["cache_flush", "limit::3", "zone::x"], 0, "Flushed:: \n\tzone:: x\n\tlimit:: 3\n", ""),
     (["cache_flush", "none"], 1, "", "404 No such zone\n"),
-    (["cache_flush", "limit::many"], 1, "", "400 Bad parameter\nUsage:: cache_flush [ZONE] [LIMIT:int]\n"),
-    (["cache_flush", "1", "2", "3"], 1, "", "400 Too few or too many arguments\nUsage:: cache_flush [ZONE] [LIMIT:int]\n"),
-    (["--json", "nothing", "1"], 1, "",
-     '-32602 Invalid params: "Too few or too many parameters"\nUsage:: nothing\n'),
+    *[([*dialect, "give", code], 0, stdout, "") for code in ("200", "299")
+      for dialect, stdout in (([], "tree\n"), (["--json"], '[\n    "tree"\n]\n'))],
+    (["give", "199"], 1, "", "199 So\n"), (["--json", "give", "300"], 1, "", '300 So: ["tree"]\n'),
+    (["cache_flush", "limit::many"], 1, "", f"400 Bad parameter\nLIMIT: many is no int\n{USAGE}"),
+    (["cache_flush", "1", "2", "3", "zon::x"], 1, "", "400 Too few or too many arguments\n"
+     f"3: there is no parameter for it\nzon: there is no parameter for it\n{USAGE}"),
+    (["give", "1", "2", "key::y"], 1, "", "400 Too few or too many arguments\n2: there is no parameter for it\n"
+     "KEY: y is no float\nUsage:: give CODE:int [key::KEY:float]\n"),
+    (["typed", "maybe", "1", "x", "", "y", "other::z"], 1, "", "400 Bad parameter\nFIRST: maybe is no bool\n"
+     "MORE: x is no int\nMORE: y is no int\nUsage:: typed FIRST:bool [MORE:int]... [NAME::VALUE]...\n"),
+    (["--json", "cache_flush", "limit::[1]"], 1, "",
+     f"""-32602 Invalid params: "Bad type for parameter 'limit'"\nLIMIT: [1] is no int\n{USAGE}"""),
     (["cache_flsh"], 1, "", "500 command not available\ndid you mean cache_flush?\n"),
     (["--json", "cache_flsh"], 1, "", "-32601 Method not found\ndid you mean cache_flush?\n"),
     (["nonesuch"], 1, "", "500 command not available\n"),
     (["--json", "cache_flush", "none"], 1, "", '404 No such zone: {"zone": "n\xf6ne\\u009b\\u202e"}\n'),
     *[(words, 0, json.dumps(result, indent=4, ensure_ascii=False) + "\n", "") for words, result in [
         (["--json", "nothing"], "OK"),
-        (["--json", "echo", "1", "-1.5", "true", '{"a":[]}', "x", '"1"'], [1, -1.5, True, {"a": []}, "x", "1"]),
+        (["--json", "echo", "1", "-1.5", "true", '{"a":[]}', "x", "NaN", '"1"'], [1, -1.5, True, {"a": []}, "x", "NaN", "1"]),
         (["cache_flush", "limit::3", "--json", "zone::x"], {"Flushed": {"zone": "x", "limit": 3}}),
         (["echo", "\u20ac", "--json"], ["\u20ac"]),
     ]],
@@ -3679,10 +3696,9 @@ WRONG_CALLS = [  # wrong words of the command line, and what the one line about 
     (["call"], "which command? `call which` lists them"), (["call", "a:b"], "a:b"), (["call", "echo", '"\\'], "backslash"),
     (["call", "--json", "echo", "a", "b::c"], "not both"), (["call", "--timeout", "soon", "nothing"], "soon"),
     (["call", "--timeout", "0", "nothing"], "timeout"), (["call", "nothing", "-s", "nonsense"], "nonsense"),
-    (["call", "nothing", "-x"], "unrecognized arguments: -x; see `python -m mi_datagram call --help`"),
+    (["call", "nothing", "-x"], "unrecognized arguments: -x; see `python3 -m mi_datagram call --help`"),
     (["uptime"], "did you mean `call uptime`?"), (["-s", "./s", "call", "uptime"], "did you mean `call uptime`?"),
     (["--nonsense"], "--nonsense"), (["shell", "uptime"], "did you mean `call uptime`?"), (["--config"], "--config"),
-    (["shell", "-s", "nonsense"], "nonsense"),
 ]
 
 CANNOT_SERVE = [  # what is wrong with the children that start while there is a file `bad`, and what the log says of it
@@ -3852,15 +3868,15 @@ def end(server, how, path):
 
 
 class Terminal:
-    """`python -m mi_datagram ARGUMENTS` in a terminal of its own, until the block ends."""
+    """COMMAND with ARGUMENTS in a terminal of its own, until the block ends."""
 
-    def __init__(self, *arguments, cwd=None, history=""):
+    def __init__(self, *arguments, command=MI, cwd=None, history=""):
         self.descriptor, inner = os.openpty()
         self.text = ""
         self.popen = subprocess.Popen(
-            [*MI, *map(str, arguments)], stdin=inner, stdout=inner, stderr=inner,
-            cwd=cwd, env={**os.environ, "TERM": "vt100", "INPUTRC": "/dev/null", "MI_DATAGRAM_HISTORY": str(history)},
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            [*command, *map(str, arguments)], stdin=inner, stdout=inner, stderr=inner, start_new_session=True, cwd=cwd,
+            env={**os.environ, "TERM": "vt100", "INPUTRC": "/dev/null", "MI_DATAGRAM_HISTORY": str(history)},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(inner)
 
@@ -4069,18 +4085,6 @@ def test_call(ops, main, words, status, stdout, stderr):
     assert (done.returncode, done.stdout, done.stderr) == (status, stdout, stderr)
 
 
-@pytest.mark.parametrize("code, status", [(199, 1), (202, 0), (299, 0), (300, 1)])
-def test_call_takes_every_2xx_for_a_success(folder, main, code, status):
-    """`call` exits with 0 and prints the tree for 200 to 299, and with 1 and the error for others, in both dialects."""
-    mi = interface()
-    mi.command(lambda: Reply(code, "So", ["tree"]), name="give")
-    with serving(mi, folder / "s") as server:
-        for words, stdout in (["give"], "tree\n"), (["--json", "give"], '[\n    "tree"\n]\n'):
-            done = main("call", "-s", server.socket_name, *words)
-            assert (done.returncode, done.stdout) == (status, "" if status else stdout)
-            assert done.stderr.startswith(f"{code} So") if status else not done.stderr
-
-
 @pytest.mark.parametrize("words, why", WRONG_CALLS)
 def test_wrong_usage(ops, main, words, why):
     """Wrong usage, and what cannot be sent, is one line that says what is wrong, and exits with 2."""
@@ -4113,20 +4117,16 @@ def test_call_of_several_servers(folder, main, monkeypatch):
         assert done.returncode == 3 and {*json.loads(done.stdout)} == {"./a.sock", "./b.sock"}
 
 
-def test_what_call_says_on_a_terminal(ops):
-    """On a terminal a line says how a parameter is named, and OK that a command had nothing to say."""
-    hint = "mi_datagram: limit=5 is sent as a value by position; by name it is limit::5\r\n"
-    for words, said in (["echo", "limit=5"], f"{hint}limit=5"), (["nothing"], "OK"):
-        with Terminal("call", "-s", ops, *words) as terminal:
-            assert terminal.end() == (0, said)
-
-
 def test_help(main):
-    """Each --help fits a terminal and says what every parameter is; --version tells the version."""
+    """Each --help says in the README's words how it is called, fits a terminal and has each parameter's meaning."""
+    readme = " ".join((HERE / "README.rst").read_text("utf-8").split())
     texts = [main(*words, "--help").stdout for words in ((), ("call",), ("shell",))]
+    for text, usage in zip(texts, mi_datagram.USAGES.values()):
+        usage = usage.partition("\n")[0]
+        assert text.startswith(f"usage: python3 -m mi_datagram {usage}\n") and "None" not in text
+        assert f"python3 -m mi_datagram {usage}" in readme
     for name, (_, _, meaning) in mi_datagram.PARAMETERS.items():
         assert f"--{name} VALUE" in texts[0] and meaning in " ".join(texts[0].split())
-    assert not [text for text in texts if "None" in text or not text.startswith("usage: python -m mi_datagram ")]
     assert main("--version").stdout == f"mi_datagram {mi_datagram.__version__}\n"
 
 
@@ -4147,10 +4147,10 @@ def test_call_without_an_answer(ops, main, folder):
 
 CALL = f"{' '.join(MI)} call -s ./s "
 STREAMS = {  # what a shell makes of the streams: the exit status, and what stderr says
-    CALL + "large | true": (141, ""),
-    "yes large | " + CALL.replace("call", "shell") + "| head -c1 > /dev/null": (141, ""),
+    CALL + "large | true": (4, ""),
+    "yes large | " + CALL.replace("call", "shell") + "| head -c1 > /dev/null": (4, ""),
     CALL + "nothing >&-": (0, ""),
-    CALL + "large > /dev/full": (4, "mi_datagram: [Errno 28] No space left on device\n"),
+    CALL + "euro > /dev/full": (4, "mi_datagram: [Errno 28] No space left on device\n"),
     CALL.replace("call", "shell") + "<&-": (0, ""),
     "PYTHONIOENCODING=ascii " + CALL + "euro": (0, ""),
     "printf 'euro\\nbad \\377\\neuro\\n' | " + CALL.replace("call", "shell") + "> out; test $(wc -l < out) = 2": (0, None),
@@ -4162,7 +4162,9 @@ STREAMS = {  # what a shell makes of the streams: the exit status, and what stde
     CALL + "none 2>/dev/full": (1, ""),
     "test -z \"$(" + CALL.replace("./s", "./none") + "nothing 2>&-)\" && " + CALL.replace("./s", "./none") + "nothing 2>&-": (3, ""),
     CALL.replace("-s ./s", "") + "2>&-": (2, ""),
+    "echo x | " + CALL.replace("call -s ./s", "shell -s x") + "2>&1 | grep -q 'x.: /path, ./path or udp:HOST:PORT'": (2, ""),
     CALL + "--nonsense 2>/dev/full": (2, ""),
+    f"(ulimit -n 5; {' '.join(MI)} -s ./t) 2>&1 | grep -x 'mi_datagram:.*Too many open files'; test $? = 2 && test ! -e t": (0, ""),
 }
 
 
@@ -4180,16 +4182,9 @@ def test_streams_of_the_command_line(folder, command):
     with serving(mi, folder / "s") as server:
         if "garbage" in command:
             server.finish_request = lambda request, address: server.socket.sendto(b"?", address)
-        done = run("bash", "-o", "pipefail", "-c", command, cwd=folder)
+        done = run("bash", "-o", "pipefail", "-c", command, cwd=folder, env={**os.environ, "PYTHONUNBUFFERED": ""})
     status, said = STREAMS[command]
     assert done.returncode == status and said in (None, done.stderr), done
-
-
-def test_server_that_lacks_a_descriptor(folder):
-    """Where the system gives a server no descriptor, it says so in one line, exits with 2, and leaves no file."""
-    done = run("bash", "-c", f"ulimit -n 5; exec {' '.join(MI)} -s ./s", cwd=folder)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "Too many open files" in done.stderr
-    assert not os.listdir(folder)
 
 
 SHELL_LINES = [  # what is typed, what comes, the exit status
@@ -4211,10 +4206,12 @@ def test_shell_through_a_pipe(ops, lines, stdout, status):
 
 @pytest.mark.skipif(sys.implementation.name == "pypy", reason="its readline completes otherwise")
 def test_shell_in_a_terminal(folder, ops):
-    """`shell` prompts, completes, says OK for nothing, knows what earlier ones were told, and drops a line at Ctrl-C."""
+    """`shell` prompts, completes, says OK for nothing and how a parameter is named; it has a history, Ctrl-C drops a line."""
+    hint = "mi_datagram: limit=5 is sent as a value by position; by name it is limit::5\r\nlimit=5\r\n"
     typed = [("cach\t", "cache_flush "), ("li\t", "limit::"), ("3\r", "\tlimit:: 3\r\n"), ("", "> "),
              ("\033[A\r", "\tlimit:: 3\r\n"), ("", "> "), ("help upt\t\r", "Usage:: uptime\r\n"), ("", "> "),
-             ("json ? upt\t\r", '"Usage": "uptime'), ("", "> "), ("nothing\r", "OK\r\n"), ("", "> "),
+             ("json ? core:upt\t\r", '"Usage": "uptime'), ("", "> "), ("echo limit=5\r", hint), ("", "> "),
+             ("nothing\r", "OK\r\n"), ("", "> "),
              ("dropped", "dropped"), ("\3", "> ")]
     for keys, last in (typed, "\4"), ([("\033[A\r", "nothing\r\nOK\r\n"), ("", "> ")], "exit\r"):
         with Terminal("shell", "-s", ops, history=folder / "history") as terminal:
@@ -4247,52 +4244,46 @@ def test_shell_and_a_server_that_comes_and_goes(folder):
         assert terminal.end()[0] == 0
 
 
-class FakeReadline(types.ModuleType):
-    """What the shell takes of readline, as libedit has it, with a line to complete."""
-
-    def __init__(self):
-        super().__init__("readline", "This module uses libedit")
-        self.bound, self.line = [], ""
-        self.parse_and_bind = self.bound.append
-        self.set_completer = self.set_completer_delims = lambda value: None
-        self.set_history_length = self.read_history_file = lambda value: None
-        self.write_history_file = lambda path: Path(path).write_text("")
-        self.get_line_buffer, self.get_begidx = lambda: self.line, lambda: self.line.rfind(" ") + 1
-
-
 def test_what_tab_offers(folder, monkeypatch):
-    """With libedit, too, TAB completes; of what a hostile server says, only names that can be typed and shown."""
+    """With libedit, too, TAB completes; of what a hostile server says, only names that can be typed, and soon."""
+    long, begun = 60_000 * "x", time.monotonic()
     names = ["good", "bad name", "two\nlines", "es\x1bcape", "bi\u202edi", "c1\x9b", "", "caf\xe9"]
-    mi, readline = Interface(core=()), FakeReadline()
+    mi, readline = Interface(core=()), unittest.mock.Mock(__doc__="This module uses libedit")
     monkeypatch.setitem(sys.modules, "readline", readline)
     monkeypatch.setenv("MI_DATAGRAM_HISTORY", str(folder / "history"))
 
     @mi.command(pass_request=True)
     def which(request, command=None):
-        return names if not command else [["good"], ["c1\x9b"]] if request.dialect == "json" else ["x", "x good:: c1\x9b::"]
+        return names if not command else [["good"], ["c1\x9b"]] if request.dialect == "json" else ["x", "x good:: c1\x9b::", long]
 
-    options = mi_datagram._parse("shell", ["-s", str(folder / "none"), "-s", str(folder / "s")])
-    shell = mi_datagram._Shell(options)
-    with serving(mi, folder / "s"), shell.line_editing():
-        assert readline.bound == ["bind ^I rl_complete"]
+    shell = mi_datagram._Shell(mi_datagram._parse("shell", ["-s", str(folder / "none"), "-s", str(folder / "s")]))
+    shell.start_line_editing()
+    readline.parse_and_bind.assert_called_once_with("bind ^I rl_complete")
+    readline.set_completer_delims.assert_called_once_with(" \t\n")  # no others: names are completed as wholes
+    with serving(mi, folder / "s"):
         for line, offered in [("", ["good ", "caf\xe9 "]), ("json ", ["good ", "caf\xe9 "]), ("help g", ["good "]),
                               ("json x go", ["good::"]), ("x go", ["good::"]), ("x y", [])]:
-            readline.line = line
-            text = line[readline.get_begidx():]
-            assert [shell.complete(text, state) for state in range(len(offered) + 1)] == [*offered, None]
-    assert stat.S_IMODE((folder / "history").stat().st_mode) == 0o600
+            begin = line.rfind(" ") + 1
+            readline.get_line_buffer.return_value, readline.get_begidx.return_value = line, begin
+            assert [shell.complete(line[begin:], state) for state in range(len(offered) + 1)] == [*offered, None]
+    assert [*mi_datagram._misfits(f"Usage:: x {long}:", [("", "1")])] == ["1: there is no parameter for it"]
+    assert time.monotonic() - begun < DEADLINE
 
 
 def test_ctrl_c(folder):
-    """Ctrl-C ends a server and a call in their terminals, with nothing to read about it."""
-    with ops_process(folder), Terminal("-s", "./own", cwd=folder) as server:
-        with Terminal("call", "-s", "./s", "--timeout", "600000", "hold", "held", cwd=folder) as call:
-            server.expect("own\r\n")
-            wait_until((folder / "held").exists)
-            for terminal, status in (server, 0), (call, 130):
-                terminal.type("\3")
-                assert terminal.end() == (status, "")
-        (folder / "held").unlink()
+    """Ctrl-C ends a server, a call and a shell without a prompt in their terminals, with nothing to read about it."""
+    (folder / "lines").write_text("hold second\nnothing")
+    asking = ["-s", "./s", "--timeout", "600000"]
+    with ops_process(folder), Terminal("-s", "./own", cwd=folder) as server, \
+            Terminal("call", *asking, "hold", "first", cwd=folder) as call, \
+            Terminal("shell", *asking, command=["sh", "-c", 'exec "$@" < lines', "sh", *MI], cwd=folder) as shell:
+        server.expect("own\r\n")
+        wait_until(lambda: (folder / "first").exists() and (folder / "second").exists())
+        for terminal, status in (server, 0), (call, 130), (shell, 130):
+            terminal.type("\3")
+            assert terminal.end() == (status, "")
+        (folder / "first").unlink()
+        (folder / "second").unlink()
         assert not (folder / "own").exists()
 
 
@@ -4969,6 +4960,7 @@ def test_whatever_comes_in_the_invariant_holds(kind, folder, monkeypatch, caplog
     monkeypatch.setattr(mi_datagram.log, "propagate", False)
     monkeypatch.chdir(folder)
     caplog.set_level(logging.DEBUG, "mi_datagram")
+    monkeypatch.setattr(mi_datagram, "Signals", object)
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with open(os.devnull, "w", errors="replace") as null, contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(null))
@@ -5200,37 +5192,25 @@ def programs(folder):
     return folder
 
 
-@contextlib.contextmanager
-def terminal(folder, *words, end):
-    """Run a program in FOLDER and END it by a signal; give its Popen, once it has a socket. No socket file is left."""
-    with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True, cwd=folder) as popen:
-        try:
-            wait_until(lambda: popen.poll() is not None or [*folder.glob("*.sock")])
-            yield popen
-        finally:
-            popen.send_signal(end)
-            popen.communicate(timeout=DEADLINE)
-    assert not [*folder.glob("*.sock")]
-
-
 def without_place(text):
     """Leave out the time and the folder, which differ each time."""
-    text = re.sub(r"\w{3} \w{3} [ \d]\d [\d:]{8} \d{4}|(?<=:: )\d+(?= .sec)", "TIME", text)
+    text = re.sub(r"\w{3} \w{3} [ \d]\d [\d:]{8} \d{4}|(?<=:: )\d+(?= .sec)", "TIME", text.replace("\r", ""))
     return re.sub(r"(?<= on )/\S*/", "/PATH/", text).strip()
 
 
 def test_terminals_of_the_readme(programs):
     """What is typed in one terminal of the README serves; what is typed in the other prints what the README shows."""
-    blocks = [block.removeprefix("$ python3 ") for block in readme("console")]
-    for first, second in zip(blocks[::2], blocks[1::2]):
-        words, _, shown = first.partition("\n")
-        with terminal(programs, *shlex.split(words), end=signal.SIGINT) as popen:
-            said = "".join([popen.stderr.readline() for _ in shown.splitlines()])
-            assert without_place(said) == without_place(shown)
-            for typed in second.split("\n$ python3 "):
-                words, _, shown = typed.partition("\n")
-                done = run(sys.executable, *shlex.split(words), cwd=programs)
-                assert without_place(done.stdout + done.stderr) == without_place(shown)
+    blocks = [block.removeprefix("$ python3 ").partition("\n") for block in readme("console")]
+    for (words, _, shown), (first, _, others) in zip(blocks[::2], blocks[1::2]):
+        with Terminal(*shlex.split(words), command=[sys.executable], cwd=programs) as server:
+            wait_until(lambda: [*programs.glob("*.sock")])
+            for typed in f"{first}\n{others}".split("\n$ python3 "):
+                asked, _, printed = typed.partition("\n")
+                done = run(sys.executable, *shlex.split(asked), cwd=programs)
+                assert without_place(done.stdout + done.stderr) == without_place(printed)
+            server.type("\3")
+            assert without_place(server.end()[1]).startswith(without_place(shown))
+        assert not [*programs.glob("*.sock")]
 
 
 # Two workers; gunicorn ends one by sys.exit().
@@ -5250,9 +5230,10 @@ signal.pause()
 ])  # fmt: skip
 def test_programs_of_the_readme(programs, words, asked, reply):
     """The programs serve and end in order by SIGTERM; each worker of gunicorn has a socket, and all are asked at once."""
-    with terminal(programs, "-W", "error", *words, end=signal.SIGTERM) as popen:
+    with Terminal("-W", "error", *words, command=[sys.executable], cwd=programs) as program:
         wait_until(lambda: run(*MI, "call", *asked.split(), cwd=programs).stdout == reply)
-    assert popen.returncode == 0
+        program.popen.terminate()
+        assert program.end() == (0, "") and not [*programs.glob("*.sock")]
 
 
 def test_tests_of_the_readme(programs):
