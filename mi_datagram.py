@@ -6,8 +6,8 @@ See which thread hangs, flush a cache, change the log level, over a UNIX datagra
 asks, one answers, in the line dialect of the SIP servers Kamailio and OpenSIPS or in JSON-RPC 2.0: their clients
 work with it unchanged.
 
-    :cache_flush:\\nzone::all\\n  {"jsonrpc":"2.0","method":"cache_flush","params":{"zone":"all"},"id":1}
-    200 OK\\nFlushed:: 12\\n      {"jsonrpc":"2.0","result":{"Flushed":12},"id":1}
+    :cache_flush:\\nprefix::a\\n  {"jsonrpc":"2.0","method":"cache_flush","params":{"prefix":"a"},"id":1}
+    200 OK\\nFlushed:: 2\\n       {"jsonrpc":"2.0","result":{"Flushed":2},"id":1}
 
 Copy this one file into a project and write:
 
@@ -1671,7 +1671,7 @@ KAMAILIO: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
 def _core_command(interface: Interface, name: str, method: str, form: Callable[[Any], Any] | None = None) -> Command:
     """Make a core command of a method of _Core, which gets the Request if it has a parameter of that name."""
     function = getattr(_Core(interface), method)
-    pass_request = "request" in inspect.signature(function).parameters
+    pass_request = "request" in function.__code__.co_varnames
     command = Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
     if form is not None:
         command.function = lambda *values, **named: form(function(*values, **named))
