@@ -67,7 +67,7 @@ __all__ = [
     "ParameterError", "Peer", "Reply", "Request", "RequestError", "SocketError", "UDPServer", "UnixServer",
     "allow_networks", "allow_users", "format_reply", "format_request", "parse_reply", "parse_request",
 ]  # fmt: skip
-__version__ = "1.0"
+__version__ = "1.1"
 
 log = logging.getLogger("mi_datagram")
 audit = logging.getLogger("mi_datagram.audit")
@@ -424,16 +424,29 @@ def _text(value: object) -> str:
     return bytes(value).decode("utf-8", "surrogateescape") if isinstance(value, _BYTES) else str(value)
 
 
-@functools.lru_cache(maxsize=64)
+# What _container found, by class. No lru_cache: on PyPy it has a lock, which a RecursionError can leave locked.
+_containers: dict[type, Callable[[Any], Any] | None] = {}
+
+
 def _container(kind: type) -> Callable[[Any], Any] | None:
     """Return what makes a dict or a list of an object of class KIND; None where it is a scalar or a Node."""
-    if issubclass(kind, (str, *_BYTES, Node)):
-        return None
-    if issubclass(kind, Mapping):
-        return dict
-    if dataclasses.is_dataclass(kind):
-        return lambda value: {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return list if issubclass(kind, Iterable) else None
+    if kind in _containers:
+        return _containers[kind]
+    make: Callable[[Any], Any] | None = None
+    if not issubclass(kind, (str, *_BYTES, Node)):
+        if issubclass(kind, Mapping):
+            make = dict
+        elif dataclasses.is_dataclass(kind):
+            make = _fields
+        elif issubclass(kind, Iterable):
+            make = list
+    if len(_containers) < 64:  # a program may make classes without an end
+        _containers[kind] = make
+    return make
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def format_reply(reply: Any = None, indent: str = "\t") -> bytes:

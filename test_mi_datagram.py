@@ -5160,7 +5160,7 @@ signal.pause()
 
 
 @pytest.mark.parametrize(("words", "asked", "reply"), [
-    (["daemon.py"], "-s ./daemon.sock version", "Server:: mi_datagram (1.0)\n"),
+    (["daemon.py"], "-s ./daemon.sock version", f"Server:: mi_datagram ({mi_datagram.__version__})\n"),
     (["aio.py"], "-s ./aio.sock tasks", "Task-1\nTask-2\n"),
     (["-c", GUNICORN], "-s ./mi-*.sock version", "./mi-1.sock:: \n\tServer:: ops (1.0)\n./mi-2.sock:: \n\tServer:: ops (1.0)\n"),
 ])  # fmt: skip
