@@ -3425,7 +3425,7 @@ class LogWriter(logging.Handler):
 
 # ----------------------------------------------------------------- children ----
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # s before a child that died within a second is replaced
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # s before a child that died young, or could not be forked, is replaced
 
 
 class _SharedCounter(Counter):
@@ -3525,7 +3525,7 @@ class Supervisor:
             del self.due[child]
         except OSError as error:
             log.error("child %d cannot be started: %s", child, error.strerror)
-            self.due[child] = self.starts[child] + 1
+            self.due[child] = self.starts[child] + LONGEST_PAUSE
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
