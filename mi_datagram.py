@@ -3281,14 +3281,6 @@ def activated_socket() -> socket.socket | None:
     raise ParameterError("LISTEN_FDS: only one ListenDatagram= with a path or a UDP address is allowed")
 
 
-def _tell_systemd(state: str) -> None:
-    """Tell the service manager READY=1 or STOPPING=1 (sd_notify), if there is one."""
-    name = os.environ.get("NOTIFY_SOCKET", "")
-    if name:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), "\0" + name[1:] if name.startswith("@") else name)
-
-
 # ------------------------------------------------------------------ signals ----
 
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -3340,13 +3332,15 @@ class Signals:
 
 
 def wait_for_termination(server: UnixServer | UDPServer, signals: Signals, on_other: Callable[[int], bool]) -> bool:
-    """Serve until SIGTERM or SIGINT, or until ON_OTHER returns true for another signal: return False then."""
-    _tell_systemd("READY=1")
+    """Tell systemd that the server is ready (sd_notify), and wait as Signals.wait does; told again, it ends at once."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if name:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"READY=1", "\0" + name[1:] if name.startswith("@") else name)
     is_told = signals.wait(on_other)
-    server.remove_file()  # newcomers are told at once
-    for number in TERMINATION_SIGNALS:  # told again, it ends at once
+    for number in TERMINATION_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    _tell_systemd("STOPPING=1")
+    server.remove_file()  # newcomers are told at once
     return is_told
 
 
@@ -3449,9 +3443,9 @@ class _SharedCounter(Counter):
 class Supervisor:
     """The parent of `children_count` processes that serve one socket.
 
-    The parent forks them before any thread starts, supervises, and serves nothing. What they share is a table with
-    a row for each child, and one for all; its columns are the counters, the PID of the child that serves, and the log
-    level that `debug` set. With a SO_REUSEPORT socket for each, peers would wait for a child that computes.
+    It forks them before any thread starts, and serves nothing. They share a table with a row for each child, and one
+    for all; its columns are the counters, the PID of the child that serves, and the log level that `debug` set.
+    With a SO_REUSEPORT socket for each, peers would wait for a child that computes.
     """
 
     def __init__(self, server: UnixServer | UDPServer, count: int, signals: Signals, log_writer: LogWriter) -> None:
@@ -3501,8 +3495,7 @@ class Supervisor:
             self.serving[child] = 0
             log.warning("child %d, PID %d, died (wait status %d): another takes its place", child, pid, how)
             is_young = now < self.starts[child] + 1
-            pause = max(2 * self.pauses[child], FIRST_PAUSE) if is_young else 0.0
-            self.pauses[child] = min(pause, LONGEST_PAUSE)
+            self.pauses[child] = min(2 * self.pauses[child] or FIRST_PAUSE, LONGEST_PAUSE) if is_young else 0.0
             self.due[child] = now + self.pauses[child]
         for child in [child for child, due in self.due.items() if due <= now]:
             self.fork(child)

@@ -4337,8 +4337,8 @@ def test_stopping(folder, how, children):
                 os.kill(pid, signal.SIGHUP)
             assert processes(path, len(pids)) == pids
             end(server, how, path)
-            assert [notices.recv(100), notices.recv(100)] == [b"READY=1", b"STOPPING=1"]
-            assert not path.exists() and server.poll() is None  # it waits for the command
+            wait_until(lambda: not path.exists())
+            assert server.poll() is None  # it waits for the command
             if "twice" in how:
                 end(server, how, path)
                 assert server.wait(DEADLINE) < 0
@@ -4346,7 +4346,7 @@ def test_stopping(folder, how, children):
                 held.unlink()
                 assert sock.recv(100) == b"200 OK\nreleased\n"
                 assert server.wait(DEADLINE) == 0
-        assert is_empty(notices)
+        assert notices.recv(100) == b"READY=1" and is_empty(notices)
 
 
 @pytest.mark.parametrize("children", [1, 3])
@@ -4530,28 +4530,7 @@ def test_children_act_as_one(folder):
 
 
 def test_killed_child_is_replaced(folder):
-    """Another child takes the place of one that dies; clients lose at most the requests that it had taken."""
-    path = folder / "s"
-    lost = 0
-    with ops_process(folder, "--children_count", 3), Client(str(path), timeout=3000) as client:
-        _, *children = processes(path, 4)
-        each_serves(path, children)
-        for number in range(300):
-            if number in (100, 200):
-                os.kill(children[number // 100], signal.SIGKILL)
-            try:
-                client.call("who")
-            except TimeoutError:
-                lost += 1
-        assert lost <= 2
-        wait_until(lambda: not set(children[1:]) & set(processes(path, 4)))
-        _, *now = processes(path, 4)
-        assert len(set(now)) == 3 and now[0] == children[0]
-        each_serves(path, now)
-
-
-def test_children_that_die_young(folder):
-    """A child that dies within a second of its start is replaced after a pause, which doubles; `ps` leaves it out."""
+    """A child that dies within a second of its start is replaced after a pause, which doubles; the others serve on."""
     pauses = []
     with ops_process(folder, "--children_count", 2, load="mi_datagram.FIRST_PAUSE = 0.04"):
         _, *children = processes(folder / "s")
@@ -4707,7 +4686,7 @@ def test_users_that_cannot_be_known(main, monkeypatch):
 
 @pytest.mark.parametrize("host, children", [("", 1), ("", 2), ("127.0.0.1", 1), ("::1", 2)])
 def test_passed_socket(folder, host, children):
-    """A socket that systemd opened is served; its file and mode stay, and the manager hears of start and end."""
+    """A socket that systemd opened is served; its file and mode stay, and the manager hears that it is ready."""
     path = folder / "s"
     notify = str(folder / "notify") if children == 1 else f"@{folder}"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET if host else socket.AF_UNIX
@@ -4721,8 +4700,7 @@ def test_passed_socket(folder, host, children):
             passed.close()
             assert notices.recv(100) == b"READY=1"
             assert processes(socket_name, 1 if children == 1 else 3)[0] == server.pid
-        assert notices.recv(100) == b"STOPPING=1"
-        assert server.returncode == 0
+        assert server.returncode == 0 and is_empty(notices)
         assert host or stat.S_IMODE(path.stat().st_mode) == 0o604
 
 
@@ -4761,7 +4739,7 @@ def test_other_words_of_a_service_manager(folder, environment):
         assert values(folder / "s", "nothing") == []
 
 
-# ---- the bytes of other clients
+# ---- other clients, and machines that lack something
 
 
 def test_what_other_clients_read():
@@ -4769,9 +4747,6 @@ def test_what_other_clients_read():
     for method in ("ps", "uptime", "which"):
         reply = interface().answer(b'{"jsonrpc":"2.0","method":"%b","id":1}' % method.encode())
         assert len(reply) <= 1500 and "result" in json.loads(reply)
-
-
-# ---- the tests on a machine that lacks something
 
 
 def test_tox_cannot_be_had(folder):
