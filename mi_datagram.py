@@ -3290,7 +3290,7 @@ SIGNALS = [*TERMINATION_SIGNALS, *[getattr(signal, n) for n in ("SIGHUP", "SIGCH
 class Signals:
     """The signals of this process, read from a pipe, so that one that comes just before the wait is not missed.
 
-    A process that a command forks has neither the pipe nor our handlers; signals to it wait until that is so.
+    A process that a command forks has its own handlers, and no use of the pipe; signals to it wait until that is so.
     """
 
     def __init__(self) -> None:
@@ -3298,7 +3298,6 @@ class Signals:
             raise Error("this system lacks pthread_sigmask")
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        self.private = [reading, writing]  # descriptors that a forked process closes
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._replaced = {number: signal.signal(number, self._ignore) for number in SIGNALS}
         self._masks: dict[int, set[int]] = {}  # of the threads that are about to fork
@@ -3326,8 +3325,6 @@ class Signals:
         signal.set_wakeup_fd(-1)
         while self._replaced:
             signal.signal(*self._replaced.popitem())
-        while self.private:
-            os.close(self.private.pop())
         self._release()
 
 
@@ -3366,28 +3363,31 @@ class LogWriter(logging.Handler):
     def take_over(self) -> None:
         """Write from a thread of this process; one that a command forks writes without."""
         self.process = os.getpid()
-        self.waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[logging.LogRecord | str] = queue.SimpleQueue()
         self.queued = self.written = 0
         self.lost = Counter()
         self.is_running = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue the line of a record."""
-        try:
-            line = self.format(record) + "\n"
-        except Exception as error:
-            line = f"{record.name}: {record.msg!a} cannot be formatted: {error!a}\n"
+        """Queue a record; the thread formats those of the audit, which are frequent and never change."""
+        is_audit = record.name == audit.name
         if self.process != os.getpid():
-            self.write(line)
-        elif self.queued - self.written >= (AUDIT_QUEUE if record.name == audit.name else LOG_QUEUE):
+            self.write(self.line(record))
+        elif self.queued - self.written >= (AUDIT_QUEUE if is_audit else LOG_QUEUE):
             self.lost.add()
         else:
             self.queued += 1
-            self.waiting.put(line)
+            self.waiting.put(record if is_audit else self.line(record))
             if not self.is_running:
                 with contextlib.suppress(RuntimeError):  # no thread can be had: the next line tries again
                     threading.Thread(target=self.run, name="mi_datagram log", daemon=True).start()
                     self.is_running = True
+
+    def line(self, record: logging.LogRecord) -> str:
+        try:
+            return self.format(record) + "\n"
+        except Exception as error:
+            return f"{record.name}: {record.msg!a} cannot be formatted: {error!a}\n"
 
     def run(self) -> None:
         while True:
@@ -3396,7 +3396,8 @@ class LogWriter(logging.Handler):
                 batch.append(self.waiting.get())
             lost = self.lost()
             notice = f"mi_datagram: {lost} log lines were lost\n" if lost else ""
-            self.lost.add(-lost if self.write(notice + "".join(batch)) else len(batch))
+            lines = [one if isinstance(one, str) else self.line(one) for one in batch]
+            self.lost.add(-lost if self.write(notice + "".join(lines)) else len(batch))
             self.written += len(batch)
             if len(batch) < LOG_BATCH:
                 time.sleep(LOG_PAUSE)
@@ -3461,7 +3462,7 @@ class Supervisor:
         cells = memoryview(mmap.mmap(-1, 8 * width * (count + 1))).cast("q")
         *self.counters, self.serving, self.level = [cells[column::width] for column in range(width)]
         self.lifeline, held_open = os.pipe()  # it ends with the parent, which alone holds it open
-        signals.private.append(held_open)
+        os.register_at_fork(after_in_child=io.FileIO(held_open, "w").close)
         server.interface.processes = self.processes
         server.interface.level_changed = self.spread_level
         warnings.filterwarnings("ignore", ".*use of fork")  # a child needs nothing that the thread of our log may hold
@@ -3519,8 +3520,7 @@ class Supervisor:
         except OSError as error:
             log.error("child %d cannot be started: %s", child, error.strerror)
             self.due[child] = self.starts[child] + LONGEST_PAUSE
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def serve(self, index: int) -> typing.NoReturn:
         """Serve as a child until the parent says so or is gone."""
