@@ -3986,7 +3986,6 @@ def _serve(server: UnixServer | UDPServer, signals: Signals, children_count: int
     """Serve until SIGTERM, Ctrl-C or `kill`; return the exit status."""
     if children_count > 1:
         return Supervisor(server, children_count, signals, log_writer).run()
-
     server.start()
     wait_for_termination(server, signals, lambda number: False)
     server.stop()

@@ -3756,6 +3756,12 @@ os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2])
 os.execv(sys.executable, [sys.executable, "-m", "mi_datagram", *sys.argv[3:]])"""
 
 
+def activated(passed, *arguments, count=1, **options):
+    """Serve a socket that is passed as systemd does; the context manager of process()."""
+    command, descriptor = (sys.executable, "-c", LAUNCHER), passed.fileno()
+    return process(descriptor, count, *arguments, command=command, pass_fds=[descriptor], **options)
+
+
 def values(socket_name, command, *arguments):
     """Run a command; give the values that it answers."""
     with Client(str(socket_name)) as client:
@@ -4425,20 +4431,17 @@ def test_stderr_that_takes_nothing(folder, redirection, children):
 def test_log_writer(monkeypatch):
     """Lines wait in their order; beyond a bound they are lost, those of the audit last; at the end it waits for them."""
     reading, writing = small_pipe()
-    monkeypatch.setattr(mi_datagram, "STDERR", writing)
-    monkeypatch.setattr(mi_datagram, "LOG_QUEUE", 10)
-    monkeypatch.setattr(mi_datagram, "AUDIT_QUEUE", 15)
-    monkeypatch.setattr(mi_datagram, "LOG_DEADLINE", 0.1)
+    for name, value in {"STDERR": writing, "LOG_QUEUE": 10, "AUDIT_QUEUE": 15, "LOG_DEADLINE": 0.1}.items():
+        monkeypatch.setattr(mi_datagram, name, value)
     writer = mi_datagram.LogWriter()
 
     def write(name, text, *arguments):
         writer.handle(logging.LogRecord(name, logging.INFO, "", 0, text, arguments, None))
 
     write("x", 5000 * "x")
-    for number in range(20):
-        write("x", "line %d", number)
-    for number in range(20):
-        write("mi_datagram.audit", "audit %d", number)
+    for name, text in ("x", "line %d"), ("mi_datagram.audit", "audit %d"):
+        for number in range(20):
+            write(name, text, number)
     before = time.monotonic()
     writer.flush()
     assert 0.1 <= time.monotonic() - before < 1
@@ -4485,7 +4488,7 @@ def test_children(folder):
     path = folder / "s"
     with ops_process(folder, "--children_count", 3) as server:
         parent, *children = processes(path, 4)
-        assert parent == server.pid and len({parent, *children}) == 4
+        assert parent == server.pid
         with post(path, b":hold:\nheld\n") as sock:
             wait_until((folder / "held").exists)
             each_serves(path, children)
@@ -4493,8 +4496,8 @@ def test_children(folder):
             def parent_sleeps():
                 before = Path(f"/proc/{parent}/status").read_text()
                 with Client(str(path)) as client:
-                    answered = {int(client.call("who").nodes[0].value) for _ in range(200)}
-                return answered <= set(children) and before == Path(f"/proc/{parent}/status").read_text()
+                    assert {client.call_json("who") for _ in range(200)} <= {*children}
+                return before == Path(f"/proc/{parent}/status").read_text()
 
             wait_until(parent_sleeps)
             (folder / "held").unlink()
@@ -4521,9 +4524,8 @@ def test_children_act_as_one(folder):
             values(path, "reset_statistics", "mi_datagram:requests")
         assert in_each("get_statistics", "mi_datagram:requests") == ["1", "2", "3"]
         wait_until(lambda: in_each("debug") == 3 * ["3"])
-        killed = children[0]
-        os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: killed not in processes(path, 4))
+        os.kill(children[0], signal.SIGKILL)
+        wait_until(lambda: children[0] not in processes(path, 4))
         _, *children = processes(path, 4)
         assert in_each("debug") == 3 * ["3"]
         assert in_each("get_statistics", "mi_datagram:requests")[0] != "1"
@@ -4593,7 +4595,8 @@ os.register_at_fork(after_in_child=hook)"""
 
 def test_halted_child(folder):
     """A child that does not end when it is told to is killed, once it has had the time to; its file goes too."""
-    with ops_process(folder, "--children_count", 2, "--socket_timeout", 1, load="mi_datagram.SOCKET_TIMEOUT = mi_datagram.LOG_DEADLINE = 0.1") as server:
+    load = "mi_datagram.SOCKET_TIMEOUT = mi_datagram.LOG_DEADLINE = 0.1"
+    with ops_process(folder, "--children_count", 2, "--socket_timeout", 1, load=load) as server:
         _, child, _ = processes(folder / "s")
         os.kill(child, signal.SIGSTOP)
         server.terminate()
@@ -4692,10 +4695,9 @@ def test_passed_socket(folder, host, children):
     with socket.socket(family, socket.SOCK_DGRAM) as passed, manager(notify) as (notices, env):
         passed.bind((host, 0) if host else str(path))
         host or path.chmod(0o604)
-        arguments = [passed.fileno(), 1, "--children_count", children]
-        arguments += ["--allow_network", host] if host else ["--allow_user", os.getuid()]
+        allow = ["--allow_network", host] if host else ["--allow_user", os.getuid()]
         socket_name = f"udp:{host}:{passed.getsockname()[1]}" if host else str(path)
-        with process(*arguments, command=(sys.executable, "-c", LAUNCHER), pass_fds=[passed.fileno()], env=env) as server:
+        with activated(passed, "--children_count", children, *allow, env=env) as server:
             passed.close()
             assert notices.recv(100) == b"READY=1"
             assert processes(socket_name, 1 if children == 1 else 3)[0] == server.pid
@@ -4712,7 +4714,7 @@ def test_passed_socket_refused(count, family, kind, name):
     with open(os.devnull) if family is None else socket.socket(family, kind) as passed:
         if name:
             passed.bind(name)
-        with process(passed.fileno(), count, command=(sys.executable, "-c", LAUNCHER), pass_fds=[passed.fileno()]) as server:
+        with activated(passed, count=count) as server:
             assert server.wait(DEADLINE) == 2
         assert len(server.log) == 1 and "LISTEN_FDS" in server.log[0]
 
@@ -4722,10 +4724,8 @@ def test_socket_is_not_passed_on(folder):
     (folder / "load.py").write_text(
         "import os, subprocess\nfrom mi_datagram import Interface\nmi = Interface()\n@mi.command\ndef inner():\n"
         "    return subprocess.run('ls -l /proc/self/fd; env', shell=True, close_fds=False, capture_output=True).stdout\n")
-    with bound_socket(folder / "s") as passed:
-        arguments = [passed.fileno(), 1, "--load", folder / "load.py"]
-        with process(*arguments, command=(sys.executable, "-c", LAUNCHER), pass_fds=[passed.fileno()]):
-            text = values(folder / "s", "inner")[0]
+    with bound_socket(folder / "s") as passed, activated(passed, "--load", folder / "load.py"):
+        text = values(folder / "s", "inner")[0]
     assert "PYTHONPATH" in text and "LISTEN_" not in text and "/proc" in text and " 3 -> socket" not in text
 
 
@@ -5238,11 +5238,9 @@ class Echo(asyncio.DatagramProtocol):
     def datagram_received(self, data, address):
         self.transport.sendto(data, address)
 
-async def serve():
-    await asyncio.get_running_loop().create_datagram_endpoint(Echo, sock=sock)
-    await asyncio.Event().wait()
-
-asyncio.run(serve())
+loop = asyncio.new_event_loop()
+loop.run_until_complete(loop.create_datagram_endpoint(Echo, sock=sock))
+loop.run_forever()
 """
 STOCK = """
 import socketserver
