@@ -3299,7 +3299,9 @@ class Signals:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        self._replaced = {number: signal.signal(number, self._ignore) for number in SIGNALS}
+        is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # in a script's `... &`: it stays so
+        taken = [number for number in SIGNALS if not (number == signal.SIGINT and is_ignored)]
+        self._replaced = {number: signal.signal(number, self._ignore) for number in taken}
         self._masks: dict[int, set[int]] = {}  # of the threads that are about to fork
         os.register_at_fork(before=self._hold, after_in_parent=self._release, after_in_child=self._give_back)
         # Deliver termination signals first: a SIGCHLD overtakes the SIGTERM to the group that the child died of.

@@ -4916,6 +4916,7 @@ def test_whatever_comes_in_the_invariant_holds(kind, folder, monkeypatch, caplog
     handler.emit = lambda r: r.getMessage().replace("\n    | ", "").isprintable() or forged.append(r)
     monkeypatch.setattr(mi_datagram.log, "handlers", [handler])
     monkeypatch.setattr(mi_datagram.log, "propagate", False)
+    monkeypatch.setattr(mi_datagram, "Signals", object)
     monkeypatch.chdir(folder)
     caplog.set_level(logging.DEBUG, "mi_datagram")
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
