@@ -3464,7 +3464,9 @@ class Supervisor:
         cells = memoryview(mmap.mmap(-1, 8 * width * (count + 1))).cast("q")
         *self.counters, self.serving, self.level = [cells[column::width] for column in range(width)]
         self.lifeline, held_open = os.pipe()  # it ends with the parent, which alone holds it open
-        os.register_at_fork(after_in_child=io.FileIO(held_open, "w").close)
+        in_child = contextlib.ExitStack()  # closed by the first fork alone
+        in_child.callback(os.close, held_open)
+        os.register_at_fork(after_in_child=in_child.close)
         server.interface.processes = self.processes
         server.interface.level_changed = self.spread_level
         warnings.filterwarnings("ignore", ".*use of fork")  # a child needs nothing that the thread of our log may hold
@@ -3604,8 +3606,8 @@ def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
             try:
                 value = int(re.sub(r"^(-?)0(?=\d)", r"\g<1>0o", value), 0)  # 010 is 0o10 to Python
             except ValueError:
-                where = f"{file}:{text.count(chr(10), 0, match.start()) + 1}"
-                raise ParameterError(f"{where}: {name} {value}: a string or a number is allowed") from None
+                line = text.count("\n", 0, match.start()) + 1
+                raise ParameterError(f"{file}:{line}: {name} {value}: a string or a number is allowed") from None
         pairs.append((name, value))
     if re.search(r"^\s*#!if", text, re.MULTILINE):
         print_error(f"{file}: its #!if lines are not evaluated, all of the file is read")
