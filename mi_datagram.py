@@ -20,14 +20,14 @@ Copy this one file into a project and write:
     mi = mi_datagram.Interface()              # has the core commands
 
     @mi.command
-    def cache_flush(zone: str = "all", limit: int = 0):
-        '''Drop the cached entries of ZONE.'''
-        return {"Flushed": cache.flush(zone, limit)}
+    def cache_flush(prefix: str = "", limit: int = 100):
+        '''Drop the entries that begin with PREFIX, LIMIT at most.'''
+        return {"Flushed": cache.flush(prefix, limit)}
 
     with mi.server("/run/app/mi.sock", unix_socket_mode=0o600):
         app.run()                             # served in the background
 
-or run `python -m mi_datagram --help`. Only the standard library is needed.
+or run `python3 -m mi_datagram --help`. Only the standard library is needed.
 """
 
 from __future__ import annotations
@@ -166,11 +166,11 @@ class _Fault(CommandError):
     """One of FAULTS, by the name of its statistic; `detail` is for the log alone, a silent one gets no reply."""
 
     def __init__(self, kind: str, data: str | None = None, detail: object = "", silent: bool = False) -> None:
-        code, reason, self.json_code, self.json_message = FAULTS[kind]
-        super().__init__(code, reason, data)
+        self.code, self.reason, self.json_code, self.json_message = FAULTS[kind]
+        self.data = data
         self.kind = kind
         self.detail = detail
-        self.silent = silent or not code
+        self.silent = silent or not self.code
 
 
 def _note(
@@ -600,26 +600,11 @@ def _json_encoder(indent: str | None) -> Callable[[Any], str]:
     return write
 
 
-def _json_id(call: Any) -> Any:
-    """Return the id to answer with: null where the call has none that the specification allows."""
-    value = call.get("id") if isinstance(call, dict) else None
-    return value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
-
-
-def _is_call(call: Any) -> bool:
-    """Whether CALL is a Request object of the specification's section 4."""
-    return (
-        isinstance(call, dict)
-        and call.get("jsonrpc") == "2.0"
-        and isinstance(call.get("method"), str)
-        and isinstance(call.get("params", []), (list, dict))
-        and _json_id(call) == call.get("id")
-    )
-
-
-def _is_answer(call: Any) -> bool:
-    """Whether CALL is somebody's answer; answering those would set two servers against each other."""
-    return isinstance(call, dict) and "method" not in call and ("result" in call or "error" in call)
+def _is_answer(document: Any) -> bool:
+    """Whether a document is, or has, somebody's answer; answering those would set two servers against each other."""
+    if isinstance(document, list):
+        return any(map(_is_answer, document))
+    return isinstance(document, dict) and "method" not in document and ("result" in document or "error" in document)
 
 
 def _json_error(error: CommandError) -> dict[str, Any]:
@@ -845,48 +830,43 @@ class Deferred:
 class OpenReplies:
     """The Deferreds that have no reply yet: MAX_OPEN at most, each dropped at its deadline.
 
-    `on_sooner` is called when a deadline is added that comes before all others.
+    `on_change` is called when there is a new deadline.
     """
 
-    def __init__(self, on_sooner: Callable[[], object] = lambda: None) -> None:
-        self._on_sooner = on_sooner
-        self._lock = threading.Lock()
+    def __init__(self, on_change: Callable[[], object] = lambda: None) -> None:
+        self._on_change = on_change
+        self.lock = threading.Lock()  # also of the batches with such a reply
         self._open: set[Deferred] = set()
-        self._next = math.inf  # the first deadline, or a time before it
 
     def __len__(self) -> int:
         return len(self._open)
 
     def add(self, deferred: Deferred) -> None:
         """Add a Deferred, or see to its new deadline; raise a _Fault if there are too many."""
-        self.drop_late(time.monotonic())
-        with self._lock:
+        if len(self._open) >= MAX_OPEN:
+            self.drop_late(time.monotonic())
+        with self.lock:
             if len(self._open) >= MAX_OPEN and deferred not in self._open:
                 raise _Fault("too_many_open")
             self._open.add(deferred)
-            is_sooner = deferred.deadline < self._next
-            self._next = min(self._next, deferred.deadline)
-        if is_sooner:
-            self._on_sooner()
+        self._on_change()
 
     def discard(self, deferred: Deferred) -> None:
-        with self._lock:
+        with self.lock:
             self._open.discard(deferred)
 
     def drop_late(self, now: float) -> float:
         """Drop what is late at the time NOW; return the next deadline."""
-        late = []
-        if now >= self._next or now == math.inf:
-            with self._lock:
-                late = [deferred for deferred in self._open if deferred.deadline <= now]
-                self._open.difference_update(late)
-                self._next = min([deferred.deadline for deferred in self._open], default=math.inf)
+        with self.lock:
+            late = [deferred for deferred in self._open if deferred.deadline <= now]
+            self._open.difference_update(late)
+            deadline = min([deferred.deadline for deferred in self._open], default=math.inf)
         for deferred in late:
             try:
                 deferred.drop()
             except Exception as error:  # of whoever sends; the others are to be dropped all the same
                 _note(logging.ERROR, "a late reply was not sent", error=error)
-        return self._next
+        return deadline
 
 
 class Step:
@@ -956,13 +936,13 @@ class Call:
         return outcome if is_answer else self._decide(outcome, request)
 
     def _convert_error(self, error: BaseException) -> CommandError:
-        """Convert an exception to the error that the peer may see: the command's own, or only that it failed."""
+        """Return the error that the peer may see of an exception; a forked process of the command's ends with it."""
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise error  # the user's Ctrl-C, not the command's
         is_forked = self.exchange.service.is_forked
         if is_forked and isinstance(error, SystemExit):
             os._exit(error.code if isinstance(error.code, int) else bool(error.code))
-        failure = self.exchange.convert_error(self.name, error)
+        failure = self.exchange.failure("command", self.name, error)
         if is_forked:
             os._exit(1)
         return failure
@@ -1023,7 +1003,7 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
             deferred.drop()
             raise
         except BaseException as error:  # SystemExit included: it would end the program's loop
-            outcome = call.exchange.convert_error(call.name, error)
+            outcome = call.exchange.failure("command", call.name, error)
         finally:
             request._call = None  # from now on nothing can be deferred
         if not isinstance(outcome, Deferred):  # which answers in its own time
@@ -1058,10 +1038,10 @@ class LineCall(Call):
             first_line, separator, rest = data.partition(b"\n")
             command = service.interface.first_lines.get(first_line.decode("latin-1"))
             if command is None or not separator or len(data) > service.limit:
-                self._refuse(data)
-            self.name = command.name
-            if service.authorize is not None:
+                command = self._find(data)
+            elif service.authorize is not None:
                 exchange.authorize(command.name)
+            self.name = command.name
             text = rest.decode("utf-8", "surrogateescape")
             if "::" in text or '"' in text:
                 sent = _parse_arguments(command.name, text)
@@ -1069,14 +1049,12 @@ class LineCall(Call):
             else:  # by position alone and not quoted, as most are: read in half the time
                 values = [value for line in text.split("\n") if (value := line.strip(WHITE))]
                 outcome = self.run(command, values, {})
-        except RequestError as error:
-            outcome = exchange.record_error(_Fault("parse_errors", detail=error), self.name)
-        except CommandError as error:
+        except (CommandError, RequestError) as error:
             outcome = exchange.record_error(error, self.name)
         return None if outcome is PENDING else self.format(outcome)
 
-    def _refuse(self, data: bytes) -> typing.NoReturn:
-        """Raise what is wrong with a datagram that calls no command."""
+    def _find(self, data: bytes) -> Command:
+        """Return the command that a datagram calls; raise what is wrong with one that calls none."""
         exchange = self.exchange
         if len(data) > exchange.service.limit:
             exchange.refuse("too_long_requests", f"more than {exchange.service.limit} bytes")
@@ -1084,21 +1062,19 @@ class LineCall(Call):
             self.name, _ = _parse_first_line(data)
         except RequestError as error:
             exchange.refuse("invalid_requests", error)
-        exchange.authorize(self.name)
-        exchange.service.interface.find(self.name, "line")
-        raise _Fault("unknown_commands")
+        return exchange.find(self.name, "line")
 
     def format(self, outcome: Any) -> bytes | None:
         exchange = self.exchange
         if isinstance(outcome, CommandError):
             if isinstance(outcome, _Fault) and outcome.silent:
                 return None
-            outcome = Reply(outcome.code, outcome.reason)
+            outcome = Reply(outcome.code, outcome.reason, None)
         try:
             reply = format_reply(outcome, exchange.service.indent)
         except Exception as error:  # a value whose str() raises, a tree without an end, a reason that has no bytes
-            return self.format(exchange.record_error(exchange.convert_error("reply", error), self.name))
-        return reply if len(reply) <= exchange.service.limit else self.format(exchange.too_long(len(reply), self.name))
+            return self.format(exchange.record_error(exchange.failure("reply of", self.name, error), self.name))
+        return reply if len(reply) <= exchange.service.limit else self.format(exchange.too_long(reply, self.name))
 
 
 class JsonCall(Call):
@@ -1108,22 +1084,26 @@ class JsonCall(Call):
 
     def __init__(self, exchange: Exchange, call: Any = None) -> None:
         self.exchange = exchange
-        self.id = _json_id(call)
-        self.is_call = _is_call(call)
-        self.is_notification = self.is_call and "id" not in call
+        members = call if isinstance(call, dict) else {}
+        given = members.get("id")
+        self.id = given if isinstance(given, (str, int, float)) and given.__class__ is not bool else None
+        self.is_call = (  # a Request object of the specification's section 4
+            members.get("jsonrpc") == "2.0"
+            and isinstance(members.get("method"), str)
+            and isinstance(members.get("params", ()), (list, dict, tuple))
+            and self.id == given
+        )
+        self.is_notification = self.is_call and "id" not in members
 
     def answer(self, call: Any) -> Any:
-        """Return the answer as text, None where there is none, PENDING where it comes later."""
+        """Return the answer, None where there is none, PENDING where it comes later."""
         exchange = self.exchange
         try:
             if not self.is_call:
                 exchange.refuse("invalid_requests", "no Request object")
             self.name = call["method"]
-            try:
-                command = exchange.service.interface.find(self.name, "json")
-                self.name = command.name
-            finally:  # a peer that may not ask does not learn either that there is no such command
-                exchange.authorize(self.name)
+            command = exchange.find(self.name, "json")
+            self.name = command.name
             params = call.get("params", ())
             values, named = ([], dict(params)) if isinstance(params, dict) else ([*params], {})
             outcome = self.run(command, values, named)
@@ -1131,29 +1111,29 @@ class JsonCall(Call):
             outcome = exchange.record_error(error, self.name)
         return PENDING if outcome is PENDING else self.format(outcome)
 
-    def format(self, outcome: Any) -> str | None:
+    def format(self, outcome: Any) -> bytes | None:
         exchange, limit = self.exchange, self.exchange.service.limit
         if self.is_notification or (isinstance(outcome, _Fault) and outcome.silent):
             return None
         member, value = _json_member(outcome)
         try:
-            text = self._write(member, value, self.id)
+            reply = self._write(member, value, self.id)
         except Exception as error:  # what JSON cannot say
-            return self.format(exchange.record_error(exchange.convert_error("reply", error), self.name))
-        if len(text) > limit:
-            value = _json_error(exchange.too_long(len(text), self.name))
-            text = self._write("error", value, self.id)
-            if len(text) > limit:
-                text = self._write("error", value, None)
-        return text
+            return self.format(exchange.record_error(exchange.failure("reply of", self.name, error), self.name))
+        if len(reply) > limit:
+            value = _json_error(exchange.too_long(reply, self.name))
+            reply = self._write("error", value, self.id)
+            if len(reply) > limit:
+                reply = self._write("error", value, None)
+        return reply
 
-    def _write(self, member: str, value: Any, call_id: Any) -> str:
+    def _write(self, member: str, value: Any, call_id: Any) -> bytes:
         indent = self.exchange.service.json_indent
         encode = _json_encoder(indent)
         if indent is None:
             written = call_id if call_id.__class__ is int else encode(call_id)
-            return f'{{"jsonrpc":"2.0","{member}":{encode(value)},"id":{written}}}'
-        return encode({"jsonrpc": "2.0", member: value, "id": call_id})
+            return f'{{"jsonrpc":"2.0","{member}":{encode(value)},"id":{written}}}'.encode()
+        return encode({"jsonrpc": "2.0", member: value, "id": call_id}).encode()
 
 
 class Exchange:
@@ -1166,9 +1146,7 @@ class Exchange:
 
     service: Service
     step: Any = None  # what runs now and may wait: a Step or a Command
-    call: JsonCall | None = None  # in JSON: what answers for the whole datagram where a reply does not fit
     batch: dict[JsonCall, Any] | None = None  # the answer to each call of a JSON array, PENDING until it is there
-    lock: Any = contextlib.nullcontext()  # of the batch: a lock once a call of it was deferred
 
     def __init__(self, service: Service, peer: Peer | None, send: Callable[[bytes], object] | None) -> None:
         self.service = service
@@ -1187,7 +1165,7 @@ class Exchange:
         pass
 
     def keep_open(self) -> None:
-        self.__dict__.setdefault("lock", threading.Lock())
+        pass
 
     def answer(self, data: bytes) -> bytes | None:
         """Return the reply to the datagram; None where there is none, or not yet."""
@@ -1207,14 +1185,17 @@ class Exchange:
         try:
             document = self._parse_json(data)
         except CommandError as error:
-            self.call = JsonCall(self)
-            answer = self.call.format(self.record_error(error, ""))
-        else:
-            if document.__class__ is list:
-                return self._answer_batch(document)
-            self.call = JsonCall(self, document)
-            answer = self.call.answer(document)
-        return None if answer is None or answer is PENDING else answer.encode()
+            return JsonCall(self).format(self.record_error(error, ""))
+        if document.__class__ is not list:
+            answer: bytes | None = JsonCall(self, document).answer(document)
+            return None if answer is PENDING else answer
+        calls = [JsonCall(self, call) for call in document]
+        self.batch = dict.fromkeys(calls, PENDING)
+        for call, sent in zip(calls, document):
+            answer = call.answer(sent)
+            if answer is not PENDING and self._is_last(call, answer):
+                return self._join()
+        return None
 
     def _parse_json(self, data: bytes) -> Any:
         """Return the call, or the list of 1 to BATCH calls."""
@@ -1227,52 +1208,40 @@ class Exchange:
             document = _parse_json(data)
         except (ValueError, RecursionError) as error:
             self.refuse("parse_errors", error)
-        calls = document if document.__class__ is list else [document]
-        if any([_is_answer(call) for call in calls]):
+        if _is_answer(document):
             raise _Fault("not_requests", detail="an answer")
-        if not 1 <= len(calls) <= BATCH:
-            self.refuse("invalid_requests", f"{len(calls)} calls, 1 to {BATCH} allowed")
+        if document.__class__ is list and not 1 <= len(document) <= BATCH:
+            self.refuse("invalid_requests", f"{len(document)} calls, 1 to {BATCH} allowed")
         return document
 
-    def _answer_batch(self, document: list[Any]) -> bytes | None:
-        self.call = JsonCall(self)
-        calls = [JsonCall(self, call) for call in document]
-        self.batch = dict.fromkeys(calls, PENDING)
-        for call, sent in zip(calls, document):
-            answer = call.answer(sent)
-            if answer is not PENDING and self._is_last(call, answer):
-                return self._join()
-        return None
-
-    def _is_last(self, call: JsonCall, answer: str | None) -> bool:
+    def _is_last(self, call: Any, answer: bytes | None) -> bool:
         """Put ANSWER into the batch; return whether all are there now."""
         assert self.batch is not None
-        with self.lock:
+        with self.service.open_replies.lock:
             self.batch[call] = answer
             return PENDING not in self.batch.values()
 
     def _join(self) -> bytes | None:
         """Return the reply to the batch, if its answers fit together."""
-        assert self.batch is not None and self.call is not None
+        assert self.batch is not None
         answers = [answer for answer in self.batch.values() if answer is not None]
-        text = f"[{','.join(answers)}]" if answers else None
-        if text is not None and len(text) > self.service.limit:
-            text = self.call.format(self.too_long(len(text), ""))
-        return None if text is None else text.encode()
+        reply = b"[%s]" % b",".join(answers)
+        if len(reply) > self.service.limit:
+            return JsonCall(self).format(self.too_long(reply, ""))
+        return reply if answers else None
 
-    def complete(self, call: Any, answer: Any) -> None:
+    def complete(self, call: Call, answer: bytes | None) -> None:
         """Take the late answer of a call; send the reply if there is one now."""
         if self.batch is None:
-            self.send(answer.encode() if isinstance(answer, str) else answer)
+            self.send(answer)
         elif self._is_last(call, answer):
             self.send(self._join())
 
     def replace_too_large(self, reply: bytes) -> bytes | None:
         """Return what to send in place of a reply that is too large for the system; None if that is no help."""
-        call: Call = self.call or LineCall()
+        call: Call = JsonCall(self, json.loads(reply)) if _is_json(reply) else LineCall()
         call.exchange = self
-        answer = call.format(self.too_long(len(reply), ""))
-        shorter = answer.encode() if isinstance(answer, str) else answer
+        shorter: bytes | None = call.format(self.too_long(reply, ""))
         return shorter if shorter is not None and len(shorter) < len(reply) else None
 
     def run_slow(self, step: Any, function: Callable[..., Any], /, *values: Any, **named: Any) -> Any:
@@ -1283,6 +1252,16 @@ class Exchange:
             return function(*values, **named)
         finally:
             step.slow = time.monotonic() - started > TICK
+
+    def find(self, name: str, dialect: str) -> Command:
+        """Return the command that NAME means; a peer that may not run it does not learn if there is one."""
+        try:
+            command = self.service.interface.find(name, dialect)
+        except _Fault:
+            self.authorize(name)
+            raise
+        self.authorize(command.name)
+        return command
 
     def authorize(self, name: str) -> None:
         """Raise the fault "forbidden" unless this peer may run the command NAME, which need not exist."""
@@ -1295,7 +1274,7 @@ class Exchange:
             if self.run_slow(step, authorize, peer, name) if step.slow else authorize(peer, name):
                 return
         except Exception as error:
-            self.log_failure(f"authorize of {name[:DETAIL]!a} failed, so it is refused", error)
+            self.failure("authorize of", name, error)
         raise _Fault("forbidden", detail=name, silent=self.service.silent)
 
     def refuse(self, kind: str, detail: object) -> typing.NoReturn:
@@ -1303,8 +1282,18 @@ class Exchange:
         self.authorize("")
         raise _Fault(kind, detail=detail)
 
-    def record_error(self, error: CommandError, name: str) -> CommandError:
-        """Count and log what went wrong in the command NAME; return it."""
+    def failure(self, what: str, name: str, error: BaseException) -> CommandError:
+        """Return the error that the peer may see: a CommandError; of any other only that it failed, and log it."""
+        if isinstance(error, CommandError):
+            return error
+        if self.service.interface.log_limit.allows("failures"):
+            self.log(logging.ERROR, "%s %a failed", what, name[:DETAIL], error=error)
+        return _Fault("failed_commands", detail=type(error).__name__)
+
+    def record_error(self, error: CommandError | RequestError, name: str) -> CommandError:
+        """Count and log what went wrong in the command NAME; return it as the error that the peer may see."""
+        if isinstance(error, RequestError):
+            error = _Fault("parse_errors", detail=error)
         kind = error.kind if isinstance(error, _Fault) else "command_errors"
         self.service.interface.count(kind)
         level = logging.INFO if kind in ("command_errors", "not_requests") else logging.WARNING
@@ -1316,20 +1305,10 @@ class Exchange:
             self.log(level, "%a from %s: %s: %a", name[:DETAIL], self.peer, kind, detail[:DETAIL])
         return error
 
-    def convert_error(self, name: str, error: BaseException) -> CommandError:
-        """Return the error that the peer may see; log any exception that is not a CommandError."""
-        if isinstance(error, CommandError):
-            return error
-        self.log_failure(f"command {name[:DETAIL]!a} failed", error)
-        return _Fault("failed_commands", detail=type(error).__name__)
-
-    def too_long(self, length: int, name: str) -> CommandError:
-        fault = _Fault("too_long_replies", detail=f"{length} bytes, {self.service.limit} allowed")
+    def too_long(self, reply: bytes, name: str) -> CommandError:
+        """Record that a reply is too long; return the error to send instead."""
+        fault = _Fault("too_long_replies", detail=f"{len(reply)} bytes, {self.service.limit} allowed")
         return self.record_error(fault, name)
-
-    def log_failure(self, text: str, error: BaseException) -> None:
-        if self.service.interface.log_limit.allows("failures"):
-            self.log(logging.ERROR, "%s", text, error=error)
 
     def log(self, level: int, *arguments: Any, to: logging.Logger = log, **options: Any) -> None:
         """Log; while another thread receives, if the log waited last time."""
@@ -1371,9 +1350,8 @@ class Interface:
 
     `name` and `version` are what the command `version` tells. `core` names the core commands to have: by default all
     but `kill`, `arg`, `debug` and `log_level`. `logger` is the one whose level the last two show and set, by default
-    the root logger. `async def` commands run on `loop`. One Interface may feed several servers.
-
-    Commands run on the servers' threads, several at once, even the same one: they guard what they share.
+    the root logger. `async def` commands run on `loop`. One Interface may feed several servers, on whose threads
+    commands run, several at once, even the same one: they guard what they share.
     """
 
     def __init__(
@@ -1390,33 +1368,24 @@ class Interface:
         self.loop = loop
         self.started = time.monotonic()
         self.commands: dict[str, Command] = {}  # by the names that they are registered under
-        self._local_names: dict[str, dict[str, Command]] = {}  # by what is behind the group, then by the whole name
-        self._core_names: dict[str, dict[str, Command]] = {}  # the same of the names in OpenSIPS 4 and Kamailio 5
+        self._aliases: dict[str, dict[str, Command]] = {}  # by any other name, then by the whole names that it means
         self.statistics: dict[str, Callable[[], Any]] = {}
-        # For servers:
         self.processes: Callable[[], list[tuple[int, str]]] = lambda: [(os.getpid(), "main process")]
         self.level_changed: Callable[[int], object] = lambda level: None
         # By the bytes that a request begins with, as Latin-1 text: without a GIL that alone is found without a lock.
         self.first_lines: dict[str, Command] = {}
         self.log_limit = LogLimit()
+        self._service = Service(self)
         self.use_counters(Counter)
         self.add_core([name for name in CORE if name not in CORE_ON_REQUEST] if core is None else core)
 
-    # ---- for the program
-
     @typing.overload
     def command(
-        self,
-        function: _F,
-        *,
-        name: str | None = None,
-        pass_request: bool = False,
-        read_only: bool = False,
-        replace: bool = False,
+        self, f: _F, /, *, name: str | None = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
     ) -> _F: ...
     @typing.overload
     def command(
-        self, *, name: str | None = None, pass_request: bool = False, read_only: bool = False, replace: bool = False
+        self, *, name: str | None = ..., pass_request: bool = ..., read_only: bool = ..., replace: bool = ...
     ) -> Callable[[_F], _F]: ...
 
     def command(
@@ -1448,7 +1417,7 @@ class Interface:
         self.commands[command.name] = command
         group, _, local = command.name.rpartition(":")
         if group:
-            self._local_names.setdefault(local, {})[command.name] = command
+            self._aliases.setdefault(local, {})[command.name] = command
         first_line = sys.intern(f":{local}:".encode("utf-8", "surrogateescape").decode("latin-1"))
         try:
             self.first_lines[first_line] = self.find(local, "line")
@@ -1460,26 +1429,24 @@ class Interface:
         command = self.commands.get(name)
         if command is not None:
             return command
-        found = dict(self._local_names.get(name, ()))
-        if dialect == "json":
-            aliases = self._core_names.get(name, {})
-            found.update({whole: one for whole, one in aliases.items() if self.commands[one.name].core})
+        found = {
+            whole: one
+            for whole, one in list(self._aliases.get(name, {}).items())
+            if whole in self.commands or (dialect == "json" and self.commands[one.name].core)  # or it was replaced
+        }
+        if not found:
+            raise _Fault("unknown_commands", detail=name)
         if len(found) > 1:
-            raise _Fault("ambiguous_commands", f"supported names: {', '.join(found)}", name)
-        for command in found.values():
-            return command
-        raise _Fault("unknown_commands", detail=name)
+            raise _Fault("ambiguous_commands", f"supported names: {', '.join(sorted(found))}", name)
+        return found.popitem()[1]
 
     def names(self, dialect: str) -> dict[str, Command]:
         """Return what a dialect can call, by name, and of the names in Kamailio 5 none."""
-        if dialect == "line":
-            lines = list(self.first_lines.items())
-            return {line[1:-1].encode("latin-1").decode("utf-8", "surrogateescape"): command for line, command in lines}
         found = {}
-        for name in {*self.commands, *self._local_names, *self._core_names}:
+        for name in {*self.commands, *self._aliases}:
             with contextlib.suppress(_Fault):  # it means several, or one of the core's that was replaced
                 command = self.find(name, dialect)
-                if self.commands[command.name] is command:
+                if self.commands[command.name] is command and (dialect == "json" or ":" not in name):
                     found[name] = command
         return found
 
@@ -1497,8 +1464,7 @@ class Interface:
 
     def _add_statistic(self, name: str, function: Callable[[], Any]) -> Callable[[], Any]:
         """Return the statistic of this name: FUNCTION where there was none."""
-        group, _, rest = name.partition(":")
-        if not (group and rest):
+        if not all(name.partition(":")):
             raise ParameterError(f"statistic name {name!a}: group:name is allowed")
         return self.statistics.setdefault(name, function)
 
@@ -1514,54 +1480,31 @@ class Interface:
 
     def add_core(self, names: Iterable[str]) -> None:
         """Add the core commands of these NAMES that are not there yet."""
-        core = _Core(self)
         for name in names:
             if name not in CORE:
                 raise ParameterError(f"core command {name!a}: allowed are {', '.join(CORE)}")
-            if name in self.commands:
-                continue
-            opensips, kamailio = CORE[name]
-            command = self._core_command(name, getattr(core, name))
-            self._put(command)
-            for alias in (opensips, opensips.partition(":")[2]):
-                self._core_names.setdefault(alias, {})[opensips] = command
-            for alias, (method, form) in kamailio.items():
-                command = self._core_command(name, getattr(core, method))
-                command.function = functools.partial(_in_form, form, command.function)
-                self._core_names[alias] = {alias: command}
-
-    def _core_command(self, name: str, function: Callable[..., Any]) -> Command:
-        """Make a core command of a FUNCTION, which gets the Request if it has a parameter of that name."""
-        pass_request = "request" in inspect.signature(function).parameters
-        return Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
+            if name not in self.commands:
+                self._put(_core_command(self, name, name))
+                for alias in (CORE[name], CORE[name].partition(":")[2]):
+                    self._aliases.setdefault(alias, {}).setdefault(CORE[name], self.commands[name])
+                for alias in KAMAILIO:
+                    if KAMAILIO[alias][0] == name:
+                        self._aliases[alias] = {alias: _core_command(self, *KAMAILIO[alias])}
 
     def server(self, socket_name: str | os.PathLike[str], **options: Unpack[_ServerOptions]) -> UnixServer | UDPServer:
         """Make a server of these commands: a UnixServer or a UDPServer; help() of these lists the PARAMETERS."""
         kind: Any = UDPServer if isinstance(parse_socket_name(socket_name), tuple) else UnixServer
-        server: UnixServer | UDPServer = kind(socket_name, self, **options)
-        return server
+        return kind(socket_name, self, **options)  # type: ignore[no-any-return]
 
-    def answer(
-        self, data: bytes, peer: Peer | None = None, send: Callable[[bytes], object] | None = None
-    ) -> bytes | None:
-        """Answer one datagram of either dialect: the whole service, without a socket.
-
-        None where there is nothing to send, or not yet: late replies go to SEND.
-        """
+    def answer(self, data: bytes, peer: Peer | None = None, send: Callable[[bytes], Any] | None = None) -> bytes | None:
+        """Return the reply to one datagram of either dialect; None where there is none, or not yet: SEND gets that."""
         return Exchange(self._service, peer, send).answer(data)
-
-    # ---- for servers
-
-    @functools.cached_property
-    def _service(self) -> Service:
-        return Service(self)
 
     def use_counters(self, make: Callable[[], Counter]) -> None:
         """Count the service's own statistics with what MAKE makes, always asked in the same order."""
         self.statistics.update({f"mi_datagram:{kind}": make() for kind in (*COUNTERS, *FAULTS)})
-        self.statistics["mi_datagram:threads"] = lambda: sum(
-            [thread.name.startswith("mi_datagram") for thread in threading.enumerate()]
-        )
+        ours = "mi_datagram"
+        self.statistics[f"{ours}:threads"] = lambda: sum([t.name.startswith(ours) for t in threading.enumerate()])
         self.count_request = self.counter("mi_datagram:requests").add_one  # each request needs these two
         self.count_reply = self.counter("mi_datagram:replies").add_one
 
@@ -1572,46 +1515,9 @@ class Interface:
 
 # ------------------------------------------------------------ core commands ----
 
-# The core commands: the name in Kamailio up to 4.4 and in OpenSIPS up to 3, which is ours in both dialects; for JSON
-# alone the name in OpenSIPS 4 and those in Kamailio 5, each with the method of _Core that answers and what makes
-# Kamailio's form of that. Behind each its form in the line dialect | in JSON, if that is another than the same data.
-CORE: dict[str, tuple[str, dict[str, tuple[str, Callable[[Any], Any]]]]] = {
-    "arg": ("core:arg", {"core.arg": ("arg", list)}),  # an argument a line
-    "clear_statistics": ("statistics:clear", {}),  # group:name:: 1
-    "debug": ("core:debug", {}),  # DEBUG:: 0
-    "get_statistics": ("statistics:get", {  # group:name:: 1
-        "stats.get_statistics": ("fetch", lambda pairs: [f"{name} = {_text(value)}" for name, value in pairs.items()]),
-        "stats.fetch": ("fetch", lambda pairs: {name.replace(":", "."): _text(value) for name, value in pairs.items()}),
-        "stats.fetchn": ("fetch", lambda pairs: {name.replace(":", "."): value for name, value in pairs.items()}),
-    }),
-    # name:: summary, or Usage:: and Help:: of one | the same, or {"Help": text, "Exported by": group, "Usage": text}
-    "help": ("core:help", {"system.methodHelp": ("method_help", str)}),
-    "kill": ("core:kill", {}),  # nothing
-    "list_statistics": ("statistics:list", {}),  # group:name:: incremental, or non-incremental
-    "log_level": ("core:log_level", {}),  # Log level:: 1, or New global log level:: 1
-    "ps": ("core:ps", {  # Process::  ID=0 PID=7 Type=main | {"Processes": [{"ID": 0, "PID": 7, "Type": "main"}]}
-        "core.psx": ("ps", lambda one: [{"IDX": p["ID"], "PID": p["PID"], "DSC": p["Type"]} for p in one["Processes"]]),
-    }),
-    "pwd": ("core:pwd", {"core.pwd": ("pwd", lambda one: [one["WD"]])}),  # WD:: /path
-    "reset_all_statistics": ("statistics:reset_all", {}),  # nothing
-    "reset_statistics": ("statistics:reset", {}),  # nothing
-    "threads": ("core:threads", {}),  # Thread:: name, and below it the frames
-    "uptime": ("core:uptime", {"core.uptime": ("uptime", lambda one: {  # Now:: date, Up since:: date, Up time:: 7 [sec]
-        "now": one["Now"], "up_since": one["Up since"], "uptime": int(one["Up time"].split()[0])})}),
-    "version": ("core:version", {"core.version": ("version", lambda one: one["Server"])}),  # Server:: name (version)
-    "which": ("core:which", {"system.listMethods": ("list_methods", list)}),  # a name or a call a line | lists of names
-}  # fmt: skip
-CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
-CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
-
-# The levels of `logging` by the original's, as `debug` has them: -5 alert … -1 error, 0 warning, 1 notice, 2 info,
-# 3 debug; and by OpenSIPS's, as `log_level` has them: -3 alert … -1 error, 1 warning, 2 notice, 3 info, 4 debug.
+# The levels of `logging` by the numbers that `debug` has, which are the original's, and `log_level`, OpenSIPS's.
 DEBUG_LEVELS = {3: 10, 2: 20, 1: 25, 0: 30, -1: 40, -2: 50, -3: 51, -4: 52, -5: 53}
 LOG_LEVELS = {4: 10, 3: 20, 2: 25, 1: 30, 0: 35, -1: 40, -2: 50, -3: 51}
-
-
-def _in_form(form: Callable[[Any], Any], method: Callable[..., Any], /, *values: Any, **named: Any) -> Any:
-    return form(method(*values, **named))
 
 
 class _Core:
@@ -1660,12 +1566,9 @@ class _Core:
     def which(self, request: Request, command: str | None = None) -> Any:
         """List the commands, those of a group (`GROUP:`), or the ways to call COMMAND by names of parameters."""
         is_json, names = request.dialect == "json", self._interface.names(request.dialect)
-        if command is None:
-            return sorted(names)
-        if command.endswith(":"):
-            group = [name for name, one in names.items() if (name if is_json else one.name).startswith(command)]
-            if group:
-                return sorted(group)
+        found = [name for name, one in names.items() if (name if is_json else one.name).startswith(command or "")]
+        if command is None or (command.endswith(":") and found):
+            return sorted(found)
         calls = self._find(command, request.dialect).overloads()
         return calls if is_json else [" ".join([command, *[f"{name}::" for name in call]]) for call in calls]
 
@@ -1678,7 +1581,7 @@ class _Core:
             return {name: names[name].doc.partition("\n")[0] for name in sorted(names)}
         found = self._find(name, request.dialect)
         if is_json:
-            whole = CORE[found.name][0] if found.core else found.name
+            whole = CORE[found.name] if found.core else found.name
             group = whole.rpartition(":")[0] or self._interface.name
             return {"Help": found.doc, "Exported by": group, "Usage": found.usage()}
         usage = {"Usage": found.usage().removeprefix(found.name.rpartition(":")[0] + ":")}
@@ -1690,12 +1593,13 @@ class _Core:
         except _Fault as fault:
             raise CommandError(code, reason) if fault.kind == "unknown_commands" else fault from None
 
-    def list_methods(self) -> Any:
+    def _list_methods(self) -> Any:
         """List Kamailio's names of the core commands, and the program's own commands."""
-        commands = list(self._interface.commands.values())
-        return sorted(itertools.chain(*[CORE[one.name][1] if one.core else [one.name] for one in commands]))
+        core = {command.name: command.core for command in list(self._interface.commands.values())}
+        known = [alias for alias, (name, *_) in KAMAILIO.items() if core.get(name)]
+        return sorted([*known, *[name for name in core if not core[name]]])
 
-    def method_help(self, name: str | None = None) -> Any:
+    def _method_help(self, name: str | None = None) -> Any:
         """Say what the command NAME does."""
         if name is None:
             raise CommandError(400, "Method Name Expected")
@@ -1723,16 +1627,24 @@ class _Core:
 
     def get_statistics(self, statistics: Any, *more: Any) -> Any:
         """Tell the statistics called `group:name` or `name`, those of a `group:`, or `all`."""
-        return self._values(self._found(statistics, *more))
+        values = {}
+        for name, statistic in self._select(statistics, *more).items():
+            try:  # one that fails or has no value is left out, or its readers could read none of them
+                value = statistic()
+                if not (value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))):
+                    values[name] = int(value) if value.__class__ is bool else value
+            except Exception as error:
+                _note(logging.ERROR, "statistic %a failed", name, error=error)
+        return values
 
     def list_statistics(self, statistics: Any = "all", *more: Any) -> Any:
         """Tell which statistics there are, and which of them count; select them as in get_statistics."""
-        found = self._found(statistics, *more)
+        found = self._select(statistics, *more)
         return {name: "incremental" if isinstance(one, Counter) else "non-incremental" for name, one in found.items()}
 
     def reset_statistics(self, statistics: Any, *more: Any) -> None:
         """Count from zero again what get_statistics tells for the same names."""
-        for statistic in self._found(statistics, *more).values():
+        for statistic in self._select(statistics, *more).values():
             if isinstance(statistic, Counter):
                 statistic.reset()
 
@@ -1746,43 +1658,64 @@ class _Core:
         self.reset_statistics(statistics, *more)
         return values
 
-    def fetch(self, *names: Any) -> Any:
+    def _fetch(self, *names: Any) -> Any:
         """Tell statistics as Kamailio does, to which a name that selects nothing is no error."""
         if not names:
             raise CommandError(400, "Please provide which stats to retrieve")
-        return self._values(self._select(names))
+        with contextlib.suppress(CommandError):
+            return self.get_statistics(*names)
+        return {}
 
-    def _found(self, *names: Any) -> dict[str, Callable[[], Any]]:
+    def _select(self, *names: Any) -> dict[str, Callable[[], Any]]:
         """Return the statistics that are meant, at least one; OpenSIPS's clients send the names in one list."""
-        wanted = [one for name in names for one in (name if isinstance(name, (list, tuple)) else [name])]
+        wanted = [str(one) for name in names for one in (name if isinstance(name, (list, tuple)) else [name])]
         if not wanted:
             raise _Fault("bad_parameters", "Empty array in parameter 'statistics'")
-        found = self._select(wanted)
-        if not found:
-            raise CommandError(404, "Statistics Not Found")
-        return found
-
-    def _select(self, names: Sequence[Any]) -> dict[str, Callable[[], Any]]:
-        """Return the statistics that NAMES select, by their full names."""
         by_word: dict[str, list[str]] = {}  # what each word selects: one look at each statistic and each word
         for full in list(self._interface.statistics):
             group, _, rest = full.partition(":")
             for word in ("all", full, f"{group}:", rest):
                 by_word.setdefault(word, []).append(full)
-        selected = [full for name in dict.fromkeys(map(str, names)) for full in by_word.get(name, ())]
+        selected = [full for word in dict.fromkeys(wanted) for full in by_word.get(word, ())]
+        if not selected:
+            raise CommandError(404, "Statistics Not Found")
         return {full: self._interface.statistics[full] for full in selected}
 
-    def _values(self, statistics: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-        """Ask the statistics; one that fails or has no value is left out, or its readers could read none of them."""
-        values = {}
-        for name, statistic in statistics.items():
-            try:
-                value = statistic()
-                if not (value is None or value == "" or (isinstance(value, float) and not math.isfinite(value))):
-                    values[name] = int(value) if value.__class__ is bool else value
-            except Exception as error:
-                _note(logging.ERROR, "statistic %a failed", name, error=error)
-        return values
+
+# Of each core command, which is a public method, its name in OpenSIPS 4; ours is that of the versions before.
+CORE = {
+    name: f"statistics:{name.removesuffix('_statistics')}" if name.endswith("_statistics") else f"core:{name}"
+    for name in sorted(vars(_Core))
+    if not name.startswith("_")
+}
+CORE_CHANGING = ("clear_statistics", "debug", "kill", "log_level", "reset_all_statistics", "reset_statistics")
+CORE_ON_REQUEST = ("arg", "debug", "kill", "log_level")  # a program has these only where it names them
+
+# Of each name in Kamailio 5: ours, the method of _Core that answers, and what makes Kamailio's form of that.
+KAMAILIO: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
+    "core.arg": ("arg", "arg", list),
+    "core.psx": ("ps", "ps", lambda told: [
+        {"IDX": one["ID"], "PID": one["PID"], "DSC": one["Type"]} for one in told["Processes"]]),
+    "core.pwd": ("pwd", "pwd", lambda told: [told["WD"]]),
+    "core.uptime": ("uptime", "uptime", lambda told: {
+        "now": told["Now"], "up_since": told["Up since"], "uptime": int(told["Up time"].split()[0])}),
+    "core.version": ("version", "version", lambda told: told["Server"]),
+    "stats.fetch": ("get_statistics", "_fetch", lambda told: {k.replace(":", "."): _text(v) for k, v in told.items()}),
+    "stats.fetchn": ("get_statistics", "_fetch", lambda told: {k.replace(":", "."): v for k, v in told.items()}),
+    "stats.get_statistics": ("get_statistics", "_fetch", lambda told: [f"{k} = {_text(v)}" for k, v in told.items()]),
+    "system.listMethods": ("which", "_list_methods", list),
+    "system.methodHelp": ("help", "_method_help", str),
+}  # fmt: skip
+
+
+def _core_command(interface: Interface, name: str, method: str, form: Callable[[Any], Any] | None = None) -> Command:
+    """Make a core command of a method of _Core, which gets the Request if it has a parameter of that name."""
+    function = getattr(_Core(interface), method)
+    pass_request = "request" in inspect.signature(function).parameters
+    command = Command(name, function, pass_request, name not in CORE_CHANGING, core=True)
+    if form is not None:
+        command.function = lambda *values, **named: form(function(*values, **named))
+    return command
 
 
 # ------------------------------------------------------------------- access ----
@@ -1855,13 +1788,10 @@ def _account(name: str, value: Any) -> int:
     if text.isascii() and text.isdigit():
         return _number(name, text, 0, 2**32 - 2)
     try:
-        if name.endswith("group"):
-            import grp
-
-            return grp.getgrnam(text).gr_gid
+        import grp
         import pwd
 
-        return pwd.getpwnam(text).pw_uid
+        return grp.getgrnam(text).gr_gid if name.endswith("group") else pwd.getpwnam(text).pw_uid
     except (ImportError, KeyError, ValueError):
         raise _wrong(name, value, "there is none of this name; a name or a number is allowed") from None
 
@@ -1878,8 +1808,7 @@ def _indent(name: str, value: Any) -> str:
     return value
 
 
-# Of every parameter but socket_name: its default, its check, which takes the parameter's own type
-# or text, and its meaning. The names and defaults are the original's.
+# Of every parameter but socket_name: its default, its check, which takes its own type or text, and its meaning.
 PARAMETERS: dict[str, tuple[Any, Callable[[str, Any], Any], str]] = {
     "children_count": (1, _between(1, 1024), "processes that serve the socket; python -m only"),
     "unix_socket_mode": (0o660, _mode, "permissions of the socket file; text is octal"),
@@ -1935,26 +1864,23 @@ def check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse_socket_name(name: str | os.PathLike[str]) -> str | tuple[str, int]:
     """Tell a UNIX socket's path from the (host, port) of `udp:HOST:PORT`; raise ParameterError for others."""
-    given = name
-    if isinstance(name, os.PathLike):  # which is a path, though it keeps no ./
-        name = os.path.join(".", os.fsdecode(name))
-    if not isinstance(name, str):
+    text = os.path.join(".", os.fsdecode(name)) if isinstance(name, os.PathLike) else name  # which keeps no ./
+    if not isinstance(text, str):
         raise _wrong("socket_name", name, "a text is allowed")
-    if name[:4].lower() == "udp:":
-        host, _, port = name[4:].rpartition(":")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        if not (host and port.isascii() and port.isdigit() and len(port) < 6 and int(port) <= 65535):
+    if text[:4].lower() == "udp:":
+        match = re.fullmatch(r"(?:\[(.+)\]|(.+)):([0-9]{1,5})", text[4:], re.DOTALL)
+        if not match or int(match[3]) > 65535:
             raise _wrong("socket_name", name, "udp:HOST:PORT is allowed, with a port from 0 to 65535")
-        return host, int(port)
-    path = b""
-    with contextlib.suppress(UnicodeEncodeError):  # of a character that the locale lacks
-        path = os.fsencode(name) if _has_bytes(name) else b""
+        return match[1] or match[2], int(match[3])
+    try:
+        path = os.fsencode(text)
+    except UnicodeEncodeError:  # of a character that the locale lacks
+        path = b""
     if not path.startswith((b"/", b"./")) or b"\0" in path or path.endswith(b"/"):
-        raise _wrong("socket_name", given, "/path, ./path or udp:HOST:PORT is allowed")
+        raise _wrong("socket_name", name, "/path, ./path or udp:HOST:PORT is allowed")
     if len(path) > UNIX_PATH:
-        raise _wrong("socket_name", given, f"a path of at most {UNIX_PATH} bytes is allowed")
-    return name
+        raise _wrong("socket_name", name, f"a path of at most {UNIX_PATH} bytes is allowed")
+    return text
 
 
 # ------------------------------------------------------------------ threads ----
@@ -2417,7 +2343,6 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
         self.server.yield_lead()
 
     def keep_open(self) -> None:
-        super().keep_open()
         self.server.keep_open(self.request)
         self.request = (b"", *self.request[1:])  # what waits for its reply does not hold its datagram
 
@@ -3616,21 +3541,8 @@ def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
 
 # ---------------------------------------------------------- call and shell ----
 
-
-class _Answer(typing.NamedTuple):
-    """What came of a command on one server: the exit status, the Reply or JSON result, lines for stderr."""
-
-    status: int
-    data: Any = None
-    errors: Sequence[str] = ()
-
-
-def _clients(options: argparse.Namespace) -> list[Client]:
-    """Make a client for each server that there is now; a pattern stands for the files that it matches."""
-    import glob
-
-    names = [name for pattern in options.socket_name for name in sorted(glob.glob(pattern)) or [pattern]]
-    return [Client(name, options.timeout, options.reply_dir) for name in dict.fromkeys(names)]
+# What came of a command on one server: the exit status, the nodes or the JSON result, lines for stderr.
+_Answer = tuple[int, Any, list[str]]
 
 
 def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
@@ -3640,24 +3552,27 @@ def _run(options: argparse.Namespace, words: list[str], as_json: bool) -> int:
             print_error(f"{word} is sent as a value by position; by name it is {word.replace('=', '::', 1)}")
     answers = _ask_all(options, words, as_json)
     is_one = len(answers) == 1
-    data = {name: answer.data for name, answer in answers.items() if not answer.status}
-    if data and as_json:
-        print(_json_text(data.popitem()[1] if is_one else data, indent=4))
-    elif data:
-        nothing = "OK" if sys.stdout.isatty() else None
-        trees = {name: reply.nodes or nothing for name, reply in data.items()}
-        print(end=escape_control_characters(_tree(trees.popitem()[1] if is_one else trees)))
+    found = {name: data for name, (status, data, _) in answers.items() if not status}
+    if not as_json and sys.stdout.isatty():
+        found = {name: nodes or "OK" for name, nodes in found.items()}
+    if found:
+        data = found.popitem()[1] if is_one else found
+        print(end=_json_text(data, indent=4) + "\n" if as_json else escape_control_characters(_tree(data)))
     sys.stdout.flush()
-    for name, answer in answers.items():
-        for line in answer.errors:
-            print_error(line, "mi_datagram: " if answer.status > 1 else "" if is_one else f"{name}: ")
-    return max([answer.status for answer in answers.values()])
+    for name, (status, _, errors) in answers.items():
+        for line in errors:
+            print_error(line, "mi_datagram: " if status > 1 else "" if is_one else f"{name}: ")
+    return max([status for status, _, _ in answers.values()])
 
 
 def _ask_all(options: argparse.Namespace, words: list[str], as_json: bool) -> dict[str, _Answer]:
     """Ask all servers at once, return the answers by their names; after Ctrl-C no thread is waited for."""
-    clients = _clients(options)
-    answers = {client.socket_name: _Answer(3) for client in clients}
+    import glob
+
+    # A pattern stands for the files that it matches now.
+    names = [name for pattern in options.socket_name for name in sorted(glob.glob(pattern)) or [pattern]]
+    clients = [Client(name, options.timeout, options.reply_dir) for name in dict.fromkeys(names)]
+    answers: dict[str, _Answer] = {client.socket_name: (3, None, []) for client in clients}
 
     def ask(client: Client) -> None:
         answers[client.socket_name] = _ask(client, words, as_json)
@@ -3678,40 +3593,56 @@ def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
     """Run a command as typed on one server."""
     arguments: list[tuple[str, Any]] = []
     for word in words[1:]:
-        name, separator, value = word.partition("::")
-        arguments.append((name, value) if separator else ("", word))
-        if as_json:
-            with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is a string
-                arguments[-1] = (arguments[-1][0], json.loads(arguments[-1][1]))
+        name, value = word.split("::", 1) if "::" in word else ("", word)
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON is a string
+            value = _decode_json(value) if as_json else value
+        arguments.append((name, value))
     try:
         if not as_json:
-            return _Answer(0, client._call(_format_request(words[0], arguments)))
+            return 0, client._call(_format_request(words[0], arguments)).nodes, []
         values = [value for name, value in arguments if not name]
-        return _Answer(0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}))
+        return 0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}), []
     except CommandError as error:
         data = "" if error.data is None else f": {_json_text(error.data)}"
-        return _Answer(1, None, [f"{error.code} {error.reason}{data}", *_hints(client, words[0], error, as_json)])
+        hints = [] if words[0] in ("help", "which") else _hints(client, words[0], arguments, error, as_json)
+        return 1, None, [f"{error.code} {error.reason}{data}", *hints]
     except Error as error:
-        return _Answer(2 if isinstance(error, RequestError) else 3, None, [str(error)])
+        return 2 if isinstance(error, RequestError) else 3, None, [str(error)]
 
 
-def _hints(client: Client, command: str, error: CommandError, as_json: bool) -> list[str]:
+def _hints(client: Client, command: str, arguments: list[Any], error: CommandError, as_json: bool) -> list[str]:
     """Say what would do in place of a call that was refused, as far as the server tells."""
     import difflib
 
-    if command in ("help", "which"):
-        return []
     if error.code == -32601 or error.reason == "command not available":
-        names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json), ".+"))
+        names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json)[1], ".+"))
         return [f"did you mean {' or '.join(names)}?"] if names else []
     if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
-        return re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json).data))
+        usages = re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json)[1]))
+        return [line for usage in usages for line in (*_misfits(usage, arguments), usage)]
     return []
 
 
-def _names(which: _Answer, pattern: str) -> list[str]:
-    """List what PATTERN finds in an answer of `which`, as far as it can be typed."""
-    names = dict.fromkeys(re.findall(pattern, _tree(which.data)))
+def _misfits(usage: str, arguments: list[tuple[str, Any]]) -> typing.Iterator[str]:
+    """Name the arguments that do not fit a usage like `command ZONE [LIMIT:int] [more::MORE:bool]`."""
+    words = re.findall(r"(?<!\S)\[?(\w+::)?(\w+)(?::(int|float|bool))?\]?(\.*)(?!\S)", usage)[1:]
+    kinds = {name: kind for _, name, kind, _ in words}
+    places = itertools.chain(*[itertools.repeat(name) if more else [name] for key, name, _, more in words if not key])
+    for name, value in arguments:
+        parameter = name.upper() or next(places, "")
+        kind = kinds.get(parameter)
+        if kind:
+            try:
+                _convert({"int": int, "float": float, "bool": bool}[kind], True, value)
+            except (LookupError, ValueError, OverflowError):
+                yield f"{parameter}: {value} is no {kind}"
+        elif kind is None and "NAME::VALUE" not in usage:
+            yield f"{name or value}: there is no parameter for it"
+
+
+def _names(which: Any, pattern: str) -> list[str]:
+    """List what PATTERN finds in what `which` gave, as far as it can be typed."""
+    names = dict.fromkeys(re.findall(pattern, _tree(which)))
     return [name for name in names if name.isprintable() and name.split() == [name] and "\\" not in name]
 
 
@@ -3734,88 +3665,76 @@ class _Shell:
         is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.prompt = f"{' '.join(options.socket_name)}> " if is_terminal else ""
         self.found: list[str] = []  # what TAB offers for the present text
+        self.save_history: Callable[[], object] = lambda: None
 
     def run(self) -> int:
         """Run commands until the end, `exit` or `quit`; return the worst exit status, on a terminal 0."""
-        if not self.prompt:
-            return max(iter(self.step, None), default=0)
-        print(
-            "`help` lists commands, `help COMMAND` explains one, `json COMMAND` shows JSON, `exit` ends; TAB completes"
-        )
-        for answer in _ask_all(self.options, ["which"], self.options.json).values():
-            if answer.status == 3:
-                print_error(answer.errors[0])
-        with self.line_editing():
-            while self.step() is not None:
-                pass
-        return 0
+        if self.prompt:
+            self.start_line_editing()
+            print("`help` lists the commands, TAB completes them, `json` before one shows JSON, `exit` ends")
+            for status, _, errors in _ask_all(self.options, ["which"], self.options.json).values():
+                if status == 3:
+                    print_error(errors[0])
+        worst = max(iter(self.step, None), default=0)
+        with contextlib.suppress(OSError):
+            self.save_history()
+        return 0 if self.prompt else worst
 
     def step(self) -> int | None:
         """Read and run one command; return its exit status, or None at the end."""
+        import shlex
+
+        text = ""
         try:
-            words = self.read_words()
+            while True:
+                text += input("... " if text and self.prompt else self.prompt)
+                try:
+                    words = shlex.split(text)
+                    break
+                except ValueError:  # a quoted text goes on in the next line
+                    text += "\n"
             if words in (["exit"], ["quit"]):
                 return None
             command, as_json = self.interpret(words)
             if words and not command:
-                raise ValueError(f"{words[-1]}: which command?")
+                print_error(f"{words[-1]}: which command?")
+                return 2
             return _run(self.options, command, as_json) if command else 0
         except EOFError:
+            if text:
+                print_error("no closing quotation")
+                return 2
             print(end="\n" if self.prompt else "")
             return None
-        except ValueError as error:
-            print_error(str(error))
-            return 2
         except KeyboardInterrupt:  # on a terminal it ends the line, or the waiting for a reply
             if not self.prompt:
                 raise
             print()
             return 0
 
-    def read_words(self) -> list[str]:
-        """Read one command; a quoted text may go on in the next line."""
-        import shlex
-
-        text = input(self.prompt)
-        while True:
-            try:
-                return shlex.split(text)
-            except ValueError as error:
-                try:
-                    text += "\n" + input("... " if self.prompt else "")
-                except EOFError:
-                    raise error from None
-
     def interpret(self, words: list[str]) -> tuple[list[str], bool]:
         """Return the command that WORDS call, and whether in JSON."""
-        as_json = self.options.json
-        if words[:1] == ["json"]:
-            words, as_json = words[1:], True
+        as_json = words[:1] == ["json"]
+        words = words[as_json:]
         if words[:1] == ["call"]:  # also for a server's command `exit` or `json`
-            return words[1:], as_json
-        return ["help" if word == "?" else re.sub("^:([^:]+):$", r"\1", word) for word in words[:1]] + words[
-            1:
-        ], as_json
+            words = words[1:]
+        elif words:
+            words = ["help" if words[0] == "?" else words[0].strip(":"), *words[1:]]
+        return words, as_json or self.options.json
 
-    @contextlib.contextmanager
-    def line_editing(self) -> typing.Iterator[None]:
-        """Have readline complete, and remember the lines of earlier shells."""
-        try:
+    def start_line_editing(self) -> None:
+        """Have readline complete, and remember the lines of earlier shells, where there is readline and a history."""
+        with contextlib.suppress(ImportError, OSError):
             import readline
-        except ImportError:
-            yield
-            return
-        readline.set_completer(self.complete)
-        readline.set_completer_delims(" \t\n")
-        readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
-        readline.set_history_length(1000)
-        path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
-        with contextlib.suppress(OSError, ValueError):
+
+            readline.set_completer(self.complete)
+            readline.set_completer_delims(" \t\n")
+            readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+            readline.set_history_length(1000)
+            path = os.path.expanduser(os.environ.get("MI_DATAGRAM_HISTORY", "~/.mi_datagram_history"))
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             readline.read_history_file(path)
-        yield
-        with contextlib.suppress(OSError, ValueError):
-            readline.write_history_file(path)
+            self.save_history = functools.partial(readline.write_history_file, path)
 
     def complete(self, text: str, state: int) -> str | None:
         """Complete commands first, then the names of the command's parameters; for readline."""
@@ -3825,8 +3744,8 @@ class _Shell:
             words, as_json = self.interpret(readline.get_line_buffer()[: readline.get_begidx()].split())
             command = [] if words[:1] == ["help"] else words[:1]
             answers = _ask_all(self.options, ["which", *command], as_json).values()  # the first one will do
-            pattern = ".+" if not command else r"\S+" if as_json else r"(\S+)::"
-            names = next((_names(answer, pattern) for answer in answers if not answer.status), [])
+            pattern = ".+" if not command else r"\S+" if as_json else r"(?<!\S)(\S+)::"
+            names = next((_names(which, pattern) for status, which, _ in answers if not status), [])
             self.found = [name + ("::" if command else " ") for name in names if name.startswith(text)]
         return self.found[state] if state < len(self.found) else None
 
@@ -3834,17 +3753,20 @@ class _Shell:
 # ------------------------------------------------------------- command line ----
 
 DEFAULT_SOCKET = "./mi_datagram.sock"
+SOCKET_NAMES = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})"
 
 # Of serving and of each subcommand: how it is written, and what it does.
 USAGES = {
     "": """[-s NAME] [--load MODULE_OR_FILE[:NAME]]... [OPTION]...
-        Serve commands over a UNIX datagram socket or UDP. To ask a server, see `call --help` and `shell --help`.
-        --a_b and --a-b are the same option. The last value wins; --load and --allow_... add up.""",
+        Serve commands over a UNIX datagram socket or UDP; `call --help` and `shell --help` say how to ask a server.
+        The last value of an option wins, but --load and --allow_... add up; --a_b and --a-b are the same.""",
     "call": """call [-s NAME]... [--json] [--timeout MS] COMMAND [VALUE | NAME::VALUE | ::VALUE]...
-        Run one command of a server and print its reply; exit with 0 for success, 1 for an error, 3 for no answer.
-        A VALUE stands by position, NAME::VALUE by name; one with :: in it is ::VALUE. Behind -- are no options.""",
+        Run one command of a server and print its reply. A VALUE stands by position, NAME::VALUE by name; one with ::
+        in it is written ::VALUE. Behind -- are no options. Exit with 0 for success, 1 for an error, 2 for wrong usage,
+        3 for no answer, 4 if it cannot write; of several servers the worst counts.""",
     "shell": """shell [-s NAME]... [--json] [--timeout MS]
-        Run commands of a server as they are typed; `help` lists them, `exit` ends.""",
+        Run commands of a server as they are typed: `help` lists them, `json` before one shows JSON, `exit` ends. The
+        history is ~/.mi_datagram_history, or the file that MI_DATAGRAM_HISTORY names (empty: none).""",
 }
 
 
@@ -3864,15 +3786,22 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
-            raise ParameterError(f"{message}; see `python -m {self.prog} --help`")
+            raise ParameterError(f"{message}; see `python3 -m {self.prog} --help`")
 
     usage, _, description = USAGES[command].partition("\n")
-    parser = Parser(
-        f"mi_datagram {command}".rstrip(), f"python -m mi_datagram {usage}", description, allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"mi_datagram {__version__}")
-    (_add_asking if command else _add_serving)(parser.add_argument)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    prog = f"mi_datagram {command}".rstrip()
+    parser = Parser(prog, f"python3 -m mi_datagram {usage}", description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--version", action="version", version=f"mi_datagram {__version__}")
+    if command:
+        many = f"{SOCKET_NAMES}; several, or a quoted /path/*.sock: all are asked"
+        add("-s", "--socket_name", help=many, metavar="NAME", action="append")
+        add("--timeout", help="ms to wait for a reply (default %(default)s)", metavar="MS", default=SOCKET_TIMEOUT)
+        add("--reply_dir", help="folder for its socket, if the server is in another network namespace", metavar="DIR")
+        add("--json", help="ask in JSON-RPC 2.0, also values that are JSON, and print JSON", action="store_true")
+    else:
+        _add_serving(add)
+    add("words", nargs="*", help=argparse.SUPPRESS)
     words = list(arguments)
     for index in range(words.index("--") if "--" in words else len(words)):
         words[index] = re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), words[index])
@@ -3881,54 +3810,33 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
         parser.error("which command? `call which` lists them")
     if command != "call" and options.words:
         line = " ".join(options.words)
-        parser.error(f"{line}: did you mean `{line if options.words[0] in USAGES else 'call ' + line}`?")
+        raise ParameterError(f"{line}: did you mean `{line if options.words[0] in USAGES else 'call ' + line}`?")
     if command:
         options.socket_name = options.socket_name or [DEFAULT_SOCKET]
-        _clients(options)  # a wrong name is told at once
     return options
 
 
-def _add_asking(add: Callable[..., Any]) -> None:
-    """Add the options of `call` and `shell`."""
-    names = f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET}); several, or a quoted /path/*.sock: all asked"
-    add("-s", "--socket_name", help=names, metavar="NAME", action="append")
-    add("--timeout", help=f"ms to wait for a reply (default {SOCKET_TIMEOUT})", metavar="MS", default=SOCKET_TIMEOUT)
-    add("--reply_dir", help="where to make the socket that replies come to", metavar="DIR")
-    add("--json", help="ask in JSON-RPC 2.0, also values that are JSON, and print JSON", action="store_true")
-
-
 def _add_serving(add: Callable[..., Any]) -> None:
-    """Add the options of serving; `settings` are those of which the last counts, in their order."""
-    meanings = {
-        "socket_name": f"/path, ./path or udp:HOST:PORT (default {DEFAULT_SOCKET})",
-        "config": 'read the modparam("mi_datagram", ...) lines of the file VALUE',
-        **{name: _meaning(name) for name in PARAMETERS},
-    }
+    """Add the options of serving; `settings` are parameters and --config as (name, value), in their order."""
+    meanings = {"socket_name": SOCKET_NAMES, "config": 'read the modparam("mi_datagram", ...) lines of the file VALUE'}
+    meanings.update({name: _meaning(name) for name in PARAMETERS})
     many: dict[str, Any] = {"action": "append", "default": []}
     for name, meaning in meanings.items():
         names = ["-s", "--socket_name"] if name == "socket_name" else [f"--{name}"]
-        pair = functools.partial(lambda name, value: (name, value), name)
-        add(*names, help=meaning, metavar="VALUE", type=pair, dest="settings", **many)
-    add("--load", help="serve its Interface called mi, or NAME", metavar="MODULE_OR_FILE[:NAME]", **many)
-    add("--allow_network", help="let in the UDP peers of a network", metavar="NETWORK", **many)
-    add("--allow_user", help="let in a user on a UNIX socket", metavar="USER", **many)
-    add("-v", "--verbose", help="log more; twice: everything", action="count", default=0)
+        add(*names, help=meaning, metavar="VALUE", type=lambda value, name=name: (name, value), dest="settings", **many)
+    add("--load", help="serve its Interface mi, or NAME; several are merged", metavar="MODULE_OR_FILE[:NAME]", **many)
+    add("--allow_network", help="over UDP, let in this network", metavar="NETWORK", **many)
+    add("--allow_user", help="on a UNIX socket, let in this user", metavar="USER", **many)
+    add("-v", "--verbose", help="log errors that commands answer; twice: everything", action="count", default=0)
 
 
-def _collect(settings: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the parameters, the last value of each; those of a file stand where --config stands."""
-    found: dict[str, Any] = {}
-    for name, value in settings:
-        if name != "config":
-            found[name] = value
-            continue
-        try:
-            with open(value, encoding="utf-8", errors="surrogateescape") as file:
-                text = file.read()
-        except (OSError, ValueError) as error:
-            raise ParameterError(f"config {value!a}: {getattr(error, 'strerror', error)}") from None
-        found.update(read_modparams(text, value))
-    return found
+def _read_config(path: str) -> list[tuple[str, Any]]:
+    """Read the parameters that a configuration file has for us."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return read_modparams(file.read(), path)
+    except OSError as error:
+        raise ParameterError(f"config {path!a}: {error.strerror}") from None
 
 
 def _load(what: str) -> Interface:
@@ -3950,15 +3858,17 @@ def _load(what: str) -> Interface:
     interface = getattr(module, name, None)
     if isinstance(interface, Interface):
         return interface
-    why = f"it has no Interface called {name}"
-    if type(interface).__name__ == "Interface":
-        why = f"its Interface is of another copy of this file, {inspect.getfile(type(interface))}, not of {__file__}"
+    kind, why = type(interface), f"it has no Interface called {name}"
+    if kind.__name__ == "Interface":
+        why = f"its Interface is of another copy of this file, {inspect.getfile(kind)}, not of {__file__}"
     raise ParameterError(f"load {what!a}: {why}")
 
 
 def _make_server(options: argparse.Namespace) -> tuple[UnixServer | UDPServer, Signals, int]:
     """Return the server, the signals that come, and the number of children."""
-    given = _collect(options.settings)
+    given: dict[str, Any] = {}
+    for option, value in options.settings:  # the last value of each counts, be it of a file
+        given.update(_read_config(value) if option == "config" else {option: value})
     listening = activated_socket()
     if listening is not None:
         address = listening.getsockname()
@@ -3996,18 +3906,16 @@ def _serve(server: UnixServer | UDPServer, signals: Signals, children_count: int
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Run the command line; return the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments[:1] in (["call"], ["shell"]) else ""
     _open_streams()
     try:
         options = _parse(command, arguments[1:] if command else arguments)
         if command:
             return _Shell(options).run() if command == "shell" else _run(options, options.words, options.json)
-        level = {0: logging.WARNING, 1: logging.INFO}.get(options.verbose, logging.DEBUG)
         log_writer = LogWriter()
-        logging.basicConfig(level=level, handlers=[log_writer])
+        logging.basicConfig(level=max(logging.WARNING - 10 * options.verbose, logging.DEBUG), handlers=[log_writer])
         audit.setLevel(logging.INFO)
         status = _serve(*_make_server(options), log_writer)
         for number in SIGNALS:  # one that comes while the interpreter ends is not to kill it
@@ -4018,9 +3926,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
-        if isinstance(error, BrokenPipeError):
-            return 128 + 13  # as a shell says of SIGPIPE
-        print_error(str(error))
+        if not isinstance(error, BrokenPipeError):
+            print_error(str(error))
         return 4 if command else 2
     except KeyboardInterrupt:
         return 130
@@ -4032,7 +3939,7 @@ if __name__ == "__main__":
     _module: Any = sys.modules.setdefault(_name, sys.modules["__main__"])
     if "." in _name:
         setattr(sys.modules[_name.rpartition(".")[0]], _name.rpartition(".")[2], _module)
-    sys.exit(_module.main())
+    sys.exit(_module.main(sys.argv[1:]))
 
 # --------------------------------------------------------------------- 0BSD ----
 #
