@@ -40,6 +40,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import select
 import signal
@@ -3178,55 +3179,37 @@ def activated_socket() -> socket.socket | None:
     raise ParameterError("LISTEN_FDS: only one ListenDatagram= with a path or a UDP address is allowed")
 
 
-def _tell_systemd(state: str) -> None:
-    """Tell the service manager READY=1 or STOPPING=1 (sd_notify), if there is one."""
-    name = os.environ.get("NOTIFY_SOCKET", "")
-    if name:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), "\0" + name[1:] if name.startswith("@") else name)
-
-
 # ------------------------------------------------------------------ signals ----
 
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = [*TERMINATION_SIGNALS, *[getattr(signal, n) for n in ("SIGHUP", "SIGCHLD", "SIGALRM") if hasattr(signal, n)]]
 
 
-@contextlib.contextmanager
-def _holding_signals() -> typing.Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):
-        raise Error("this system lacks pthread_sigmask")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class Signals:
     """The signals of this process, read from a pipe, so that one that comes just before the wait is not missed.
 
-    A process that a command forks has neither the pipe nor our handlers; signals to it wait until that is so.
+    A process that a command forks has its own handlers, and no use of the pipe; signals to it wait until that is so.
     """
 
     def __init__(self) -> None:
-        self.private: list[int] = []  # descriptors that a forked process closes
-        self._masks: dict[int, set[int]] = {}  # of the threads that are about to fork
-        self.take_over()
-        os.register_at_fork(before=self._hold, after_in_parent=self._release, after_in_child=self._give_back)
-
-    def take_over(self) -> None:
-        """Have the signals of this process come here, as `numbers`."""
+        if not hasattr(signal, "pthread_sigmask"):
+            raise Error("this system lacks pthread_sigmask")
         reading, writing = os.pipe()
-        self.private += (reading, writing)
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            if not (number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN):  # a script's `... &`
-                signal.signal(number, self._ignore)
+        is_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # in a script's `... &`: it stays so
+        taken = [number for number in SIGNALS if not (number == signal.SIGINT and is_ignored)]
+        self._replaced = {number: signal.signal(number, self._ignore) for number in taken}
+        self._masks: dict[int, set[int]] = {}  # of the threads that are about to fork
+        os.register_at_fork(before=self._hold, after_in_parent=self._release, after_in_child=self._give_back)
         # Deliver termination signals first: a SIGCHLD overtakes the SIGTERM to the group that the child died of.
         chunks = iter(lambda: sorted(os.read(reading, 64), key=lambda number: number not in TERMINATION_SIGNALS), None)
         self.numbers = itertools.chain.from_iterable(chunks)
+
+    def wait(self, on_other: Callable[[int], bool]) -> bool:
+        """Wait for SIGTERM or SIGINT, or until ON_OTHER returns true for another signal: return False then."""
+        number = next(number for number in self.numbers if number in TERMINATION_SIGNALS or on_other(number))
+        return number in TERMINATION_SIGNALS
 
     def _ignore(self, number: int, frame: object) -> None: ...
 
@@ -3240,20 +3223,22 @@ class Signals:
         if sys.implementation.name == "pypy":  # to it the thread that forked is not the main thread
             __import__("__pypy__").thread.signals_enabled.__enter__()
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
-            if signal.getsignal(number) == self._ignore:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        while self.private:
-            os.close(self.private.pop())
+        while self._replaced:
+            signal.signal(*self._replaced.popitem())
         self._release()
 
 
-def wait_for_termination(signals: Signals, on_other: Callable[[int], object] = lambda number: False) -> bool:
-    """Serve until SIGTERM or SIGINT, or until ON_OTHER returns true for another signal: return False then."""
-    _tell_systemd("READY=1")
-    number = next(number for number in signals.numbers if number in TERMINATION_SIGNALS or on_other(number))
-    _tell_systemd("STOPPING=1")
-    return number in TERMINATION_SIGNALS
+def wait_for_termination(server: UnixServer | UDPServer, signals: Signals, on_other: Callable[[int], bool]) -> bool:
+    """Tell systemd that the server is ready (sd_notify), and wait as Signals.wait does; told again, it ends at once."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if name:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"READY=1", "\0" + name[1:] if name.startswith("@") else name)
+    is_told = signals.wait(on_other)
+    for number in TERMINATION_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    server.remove_file()  # newcomers are told at once
+    return is_told
 
 
 # ---------------------------------------------------------------------- log ----
@@ -3278,8 +3263,8 @@ class LogWriter(logging.Handler):
     def take_over(self) -> None:
         """Write from a thread of this process; one that a command forks writes without."""
         self.process = os.getpid()
-        self.waiting: collections.deque[logging.LogRecord | str] = collections.deque()
-        self.wake = threading.Event()
+        self.waiting: queue.SimpleQueue[logging.LogRecord | str] = queue.SimpleQueue()
+        self.queued = self.written = 0
         self.lost = Counter()
         self.is_running = False
 
@@ -3287,40 +3272,35 @@ class LogWriter(logging.Handler):
         """Queue a record; the thread formats those of the audit, which are frequent and never change."""
         is_audit = record.name == audit.name
         if self.process != os.getpid():
-            self.write(self.text(record))
-        elif len(self.waiting) >= (AUDIT_QUEUE if is_audit else LOG_QUEUE):
+            self.write(self.line(record))
+        elif self.queued - self.written >= (AUDIT_QUEUE if is_audit else LOG_QUEUE):
             self.lost.add()
         else:
-            self.waiting.append(record if is_audit else self.text(record))
+            self.queued += 1
+            self.waiting.put(record if is_audit else self.line(record))
             if not self.is_running:
                 with contextlib.suppress(RuntimeError):  # no thread can be had: the next line tries again
                     threading.Thread(target=self.run, name="mi_datagram log", daemon=True).start()
                     self.is_running = True
-            if not self.wake.is_set():  # asking costs a twentieth of setting
-                self.wake.set()
 
-    def text(self, record: logging.LogRecord) -> str:
+    def line(self, record: logging.LogRecord) -> str:
         try:
             return self.format(record) + "\n"
         except Exception as error:
             return f"{record.name}: {record.msg!a} cannot be formatted: {error!a}\n"
 
     def run(self) -> None:
-        told = 0
-        while self.wake.wait():
-            self.wake.clear()
-            while self.waiting:
-                batch = [self.waiting[i] for i in range(min(len(self.waiting), LOG_BATCH))]
-                lost = self.lost()
-                text = f"mi_datagram: {lost - told} log lines were lost\n" if lost > told else ""
-                if self.write(text + "".join([line if isinstance(line, str) else self.text(line) for line in batch])):
-                    told = lost
-                else:
-                    self.lost.add(len(batch))
-                for _ in batch:
-                    self.waiting.popleft()
-                if len(batch) < LOG_BATCH:
-                    time.sleep(LOG_PAUSE)
+        while True:
+            batch = [self.waiting.get()]
+            while len(batch) < LOG_BATCH and not self.waiting.empty():
+                batch.append(self.waiting.get())
+            lost = self.lost()
+            notice = f"mi_datagram: {lost} log lines were lost\n" if lost else ""
+            lines = [one if isinstance(one, str) else self.line(one) for one in batch]
+            self.lost.add(-lost if self.write(notice + "".join(lines)) else len(batch))
+            self.written += len(batch)
+            if len(batch) < LOG_BATCH:
+                time.sleep(LOG_PAUSE)
 
     def write(self, text: str) -> bool:
         """Write to stderr, however long that takes; return False if it refuses."""
@@ -3334,13 +3314,13 @@ class LogWriter(logging.Handler):
     def flush(self) -> None:
         """Wait until all is written, for LOG_DEADLINE at most."""
         end = time.monotonic() + LOG_DEADLINE
-        while self.waiting and self.process == os.getpid() and time.monotonic() < end:
+        while self.written < self.queued and self.process == os.getpid() and time.monotonic() < end:
             time.sleep(LOG_PAUSE / 4)
 
 
 # ----------------------------------------------------------------- children ----
 
-RESPAWN_PAUSES = 0.1, 5.0  # s, the first and the longest, before a child that died within a second is replaced
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # s before a child that died young, or could not be forked, is replaced
 
 
 class _SharedCounter(Counter):
@@ -3361,21 +3341,12 @@ class _SharedCounter(Counter):
         return int(sum(self._column))
 
 
-@dataclasses.dataclass
-class _Child:
-    index: int
-    pid: int = 0  # 0: it is dead, or not there yet
-    started: float = 0.0
-    due: float = 0.0  # to start again
-    pause: float = 0.0  # before that
-
-
 class Supervisor:
     """The parent of `children_count` processes that serve one socket.
 
-    The parent forks them before any thread starts, supervises, and serves nothing. What they share is a table with
-    a row for each child, and one for all; its columns are the counters, the PID of the child that serves, and the log
-    level that `debug` set. With a SO_REUSEPORT socket for each, peers would wait for a child that computes.
+    It forks them before any thread starts, and serves nothing. They share a table with a row for each child, and one
+    for all; its columns are the counters, the PID of the child that serves, and the log level that `debug` set.
+    With a SO_REUSEPORT socket for each, peers would wait for a child that computes.
     """
 
     def __init__(self, server: UnixServer | UDPServer, count: int, signals: Signals, log_writer: LogWriter) -> None:
@@ -3384,12 +3355,16 @@ class Supervisor:
 
         self.server, self.signals, self.log_writer = server, signals, log_writer
         self.parent = os.getpid()
-        self.children = [_Child(index) for index in range(count)]
+        self.running: dict[int, int] = {}  # the PIDs of the children, and which it is of each
+        self.due = dict.fromkeys(range(count), 0.0)  # the children that are missing, and when to start each
+        self.starts, self.pauses = [0.0] * count, [0.0] * count  # when each was started last, and the pause before that
         width = len(COUNTERS) + len(FAULTS) + 2
         cells = memoryview(mmap.mmap(-1, 8 * width * (count + 1))).cast("q")
         *self.counters, self.serving, self.level = [cells[column::width] for column in range(width)]
         self.lifeline, held_open = os.pipe()  # it ends with the parent, which alone holds it open
-        signals.private.append(held_open)
+        in_child = contextlib.ExitStack()  # closed by the first fork alone
+        in_child.callback(os.close, held_open)
+        os.register_at_fork(after_in_child=in_child.close)
         server.interface.processes = self.processes
         server.interface.level_changed = self.spread_level
         warnings.filterwarnings("ignore", ".*use of fork")  # a child needs nothing that the thread of our log may hold
@@ -3401,13 +3376,11 @@ class Supervisor:
     def run(self) -> int:
         """Fork the children, replace those that die, end with them; return the exit status."""
         self.supervise()
-        is_told = wait_for_termination(self.signals, self.supervise)
-        self.server.remove_file()  # newcomers are told at once
+        is_told = wait_for_termination(self.server, self.signals, self.supervise)
         self.kill(signal.SIGTERM)
         signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + LOG_DEADLINE + 0.5)
-        while any([child.pid for child in self.children]):
-            number = next(self.signals.numbers)
-            if number in (*TERMINATION_SIGNALS, signal.SIGALRM):  # told again, or they had their time
+        while self.running:
+            if next(self.signals.numbers) == signal.SIGALRM:  # they had their time
                 self.kill(signal.SIGKILL)
             self.reap()
         self.server.stop()
@@ -3418,49 +3391,45 @@ class Supervisor:
         if number == signal.SIGHUP:
             self.kill(signal.SIGHUP)
         now = time.monotonic()
-        for child, pid, how in self.reap():
-            if self.serving[child.index] != pid:
-                log.error("child %d ended before it could serve (wait status %d)", child.index, how)
+        for pid, child, how in self.reap():
+            if self.serving[child] != pid:
+                log.error("child %d ended before it could serve (wait status %d)", child, how)
                 return True
-            self.serving[child.index] = 0
-            log.warning("child %d, PID %d, died (wait status %d): another takes its place", child.index, pid, how)
-            is_young = now < child.started + 1
-            child.pause = min(max(2 * child.pause, RESPAWN_PAUSES[0]), RESPAWN_PAUSES[1]) if is_young else 0
-            child.due = now + child.pause
-        for child in self.children:
-            if not child.pid and child.due <= now:
-                self.fork(child)
-        pauses = [max(child.due - now, 0.001) for child in self.children if not child.pid]
-        signal.setitimer(signal.ITIMER_REAL, min(pauses, default=0))
+            self.serving[child] = 0
+            log.warning("child %d, PID %d, died (wait status %d): another takes its place", child, pid, how)
+            is_young = now < self.starts[child] + 1
+            self.pauses[child] = min(2 * self.pauses[child] or FIRST_PAUSE, LONGEST_PAUSE) if is_young else 0.0
+            self.due[child] = now + self.pauses[child]
+        for child in [child for child, due in self.due.items() if due <= now]:
+            self.fork(child)
+        signal.setitimer(signal.ITIMER_REAL, min([due - now for due in self.due.values()], default=0))
         return False
 
-    def reap(self) -> list[tuple[_Child, int, int]]:
-        """List the children that ended, with PID and wait status."""
-        waited = [(child, *os.waitpid(child.pid, os.WNOHANG)) for child in self.children if child.pid]
-        ended = [(child, pid, how) for child, pid, how in waited if pid]
-        for child, _, _ in ended:
-            child.pid = 0
-        return ended
+    def reap(self) -> list[tuple[int, int, int]]:
+        """List the children that ended: PID, which it is, wait status."""
+        waited = [os.waitpid(pid, os.WNOHANG) for pid in self.running]
+        return [(pid, self.running.pop(pid), how) for pid, how in waited if pid]
 
-    def fork(self, child: _Child) -> None:
-        child.started = time.monotonic()
+    def fork(self, child: int) -> None:
+        self.starts[child] = time.monotonic()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has a pipe of its own
         try:
-            with _holding_signals():  # none gets to the child before it has a pipe of its own
-                child.pid = self.server.fork()
-                if not child.pid:
-                    self.serve(child.index)
+            pid = self.server.fork()
+            if not pid:
+                self.serve(child)
+            self.running[pid] = child
+            del self.due[child]
         except OSError as error:
-            log.error("child %d cannot be started: %s", child.index, error.strerror)
-            child.due = child.started + 1
+            log.error("child %d cannot be started: %s", child, error.strerror)
+            self.due[child] = self.starts[child] + LONGEST_PAUSE
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def serve(self, index: int) -> typing.NoReturn:
         """Serve as a child until the parent says so or is gone."""
         status = 1
         try:
-            os.environ.pop("NOTIFY_SOCKET", None)  # the parent tells
             self.log_writer.take_over()
-            self.signals.take_over()
-            self.signals.private.append(self.lifeline)
+            self.signals = Signals()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # before threads, and what they run, inherit it
             self.take_level()
             counters = iter(self.counters)
@@ -3472,7 +3441,7 @@ class Supervisor:
             except BaseException:
                 self.serving[index] = 0
                 raise
-            wait_for_termination(self.signals, self.take_level)
+            self.signals.wait(self.take_level)
             self.server.stop()  # further SIGTERMs, to the process group for one, are ignored; the parent can SIGKILL
             status = 0
         except BaseException as error:
@@ -3487,35 +3456,33 @@ class Supervisor:
         log.error("the parent process is gone: ending")
         if isinstance(self.server, UnixServer) and self.server._file:
             _remove_file(*self.server._file, os.getpid())
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
         self.log_writer.flush()
         os._exit(1)
 
     def kill(self, number: int) -> None:
-        for pid in [child.pid for child in self.children if child.pid]:
+        for pid in self.running:
             os.kill(pid, number)
 
     def spread_level(self, level: int) -> None:
         """Have every child take over the log level that `debug` set in this one."""
-        self.level[-1] = self.server.interface.logger.level
+        self.level[-1] = level
         os.kill(self.parent, signal.SIGHUP)
 
-    def take_level(self, number: int = 0) -> None:
-        """Take over what `debug` set, if it did: at the start and at SIGHUP."""
-        if self.level[-1] and number in (0, signal.SIGHUP):
+    def take_level(self, number: int = 0) -> bool:
+        if self.level[-1]:  # `debug` set it
             self.server.interface.logger.setLevel(self.level[-1])
+        return False
 
 
 # ----------------------------------------------------------- modparam files ----
 
 # Strings and comments are matched too, so that nothing inside them is taken for a line of ours.
-_MODPARAM = r"""/\*.*?(?:\*/|\Z) | //[^\n]* | \#(?!!if)[^\n]*
-      | (?P<condition> \#!if[^\n]*)
-      | modparam \s* \( \s* (["']) (?P<module>[^"'\n]*) \2 \s* , \s* (["']) (?P<name>\w+) \4 \s* ,
+_MODPARAM = r"""/\*.*?(?:\*/|\Z) | //[^\n]* | \#[^\n]*
+      | modparam \s* \( \s* (["']) (?P<module>[^"'\n]*) \1 \s* , \s* (["']) (?P<name>\w+) \3 \s* ,
         \s* (?P<value> "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' | [^)\s]* ) \s* \)
       | "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*'
     """
+_ESCAPES = {"t": "\t", "n": "\n", "r": "\r"}
 
 
 def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
@@ -3524,31 +3491,25 @@ def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
     An unknown parameter is skipped with a warning; raises ParameterError for a value that is no literal.
     """
     pairs: list[tuple[str, Any]] = []
-    matches = list(re.finditer(_MODPARAM, text, re.VERBOSE | re.DOTALL))
-    for match in matches:
+    for match in re.finditer(_MODPARAM, text, re.VERBOSE | re.DOTALL):
         name, value = match["name"], match["value"]
         if not name or "mi_datagram" not in match["module"].split("|"):
             continue
-        if name == "socket_name" or name in PARAMETERS:
-            line = text.count("\n", 0, match.start()) + 1
-            pairs.append((name, _literal(value, f"{file}:{line}: {name} {value}")))
-        else:
+        if name != "socket_name" and name not in PARAMETERS:
             print_error(f"{file}: parameter {name} has no meaning here, skipped")
-    if any(match["condition"] for match in matches):
+            continue
+        if value[:1] in ("'", '"'):
+            value = re.sub(r"\\(.)", lambda escape: _ESCAPES.get(escape[1], escape[1]), value[1:-1])
+        else:
+            try:
+                value = int(re.sub(r"^(-?)0(?=\d)", r"\g<1>0o", value), 0)  # 010 is 0o10 to Python
+            except ValueError:
+                line = text.count("\n", 0, match.start()) + 1
+                raise ParameterError(f"{file}:{line}: {name} {value}: a string or a number is allowed") from None
+        pairs.append((name, value))
+    if re.search(r"^\s*#!if", text, re.MULTILINE):
         print_error(f"{file}: its #!if lines are not evaluated, all of the file is read")
     return pairs
-
-
-def _literal(value: str, where: str) -> str | int:
-    """Read a string, or a decimal, 0-octal or 0x number."""
-    if value[:1] in ("'", '"'):
-        return re.sub(r"\\(.)", lambda match: {"t": "\t", "n": "\n", "r": "\r"}.get(match[1], match[1]), value[1:-1])
-    digits = value.lstrip("-")
-    base = 16 if digits[:2].lower() == "0x" else 8 if digits[:1] == "0" else 10
-    try:
-        return int(value, base)
-    except ValueError:
-        raise ParameterError(f"{where}: a string or a number is allowed") from None
 
 
 # ---------------------------------------------------------- call and shell ----
@@ -3912,16 +3873,8 @@ def _serve(server: UnixServer | UDPServer, signals: Signals, children_count: int
     """Serve until SIGTERM, Ctrl-C or `kill`; return the exit status."""
     if children_count > 1:
         return Supervisor(server, children_count, signals, log_writer).run()
-
-    def end_at_once_if_told_again() -> None:
-        if any(number in TERMINATION_SIGNALS for number in signals.numbers):
-            server.remove_file()
-            log_writer.flush()
-            os._exit(1)
-
     server.start()
-    wait_for_termination(signals)
-    threading.Thread(target=end_at_once_if_told_again, daemon=True).start()
+    wait_for_termination(server, signals, lambda number: False)
     server.stop()
     return 0
 
