@@ -641,6 +641,13 @@ _CONVERTED: dict[Any, tuple[type, bool]] = {  # by annotation: what a value beco
 }
 
 
+_signature: Callable[[Any], inspect.Signature] = inspect.signature
+if sys.version_info >= (3, 14):  # there an annotation that only type checkers can read is an error when it is looked at
+    import annotationlib
+
+    _signature = functools.partial(inspect.signature, annotation_format=annotationlib.Format.FORWARDREF)
+
+
 def _read_annotations(function: Any, parameters: list[inspect.Parameter]) -> dict[str, tuple[type, bool]]:
     """Return what is in _CONVERTED for those of the PARAMETERS that are annotated so."""
     plain: Any = inspect.unwrap(function)
@@ -672,7 +679,7 @@ class Command:
         self.core = core
         self.doc = inspect.getdoc(function) or ""
         self.slow = False  # whether its last run took longer than a TICK
-        self._signature = inspect.signature(function)
+        self._signature = _signature(function)
         parameters = [*self._signature.parameters.values()]
         self._by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self._first = int(pass_request)  # how many of the values by position are ours
