@@ -1655,17 +1655,20 @@ def derived(name, **methods):
 
 
 class MadeUp:
-    """Items that are functions, put into a queue; their turns are a LeaderFollowers' that runs until the block ends."""
+    """Functions in a queue are the items that a LeaderFollowers takes until the block ends.
+
+    `item` makes one that notes something in `ran`; `held` is one that notes "held", and waits for `go`.
+    """
 
     def __init__(self, max_workers=4, urgent=(), drain=1000, **callables):
-        self.queue, self.awake, self.went_wrong, self.stalls = collections.deque(), threading.Event(), [], []
-        self.names, self.drain, self.over = set(), drain, False
+        self.queue, self.ran, self.told, self.drain, self.over = collections.deque(), [], [], drain, False
+        self.awake, self.polled, self.go = [threading.Event() for _ in range(3)]
         work = mi_datagram.Work(**{
-            "receive": self.receive, "handle": self.handle, "poll": self.poll, "wake": self.wake, "size": lambda item: 1,
-            "is_urgent": lambda item: item in urgent, "stalled": lambda: self.stalls.append(1),
-            "failed": lambda kind, error: self.went_wrong.append(kind), **callables})  # fmt: skip
+            "receive": self.receive, "handle": lambda item: item(), "poll": self.poll, "wake": self.wake,
+            "size": lambda item: 1, "is_urgent": lambda item: item in urgent, "stalled": lambda: self.told.append("stalled"),
+            "failed": lambda kind, error: self.told.append(kind), **callables})  # fmt: skip
         self.turns = mi_datagram.LeaderFollowers(work, max_workers)
-        self.watcher = threading.Thread(target=self.watch)
+        self.watcher = threading.Thread(target=lambda: self.turns.watch(lambda: math.inf, self.is_over))
 
     def receive(self):
         try:
@@ -1673,11 +1676,8 @@ class MadeUp:
         except IndexError:
             raise BlockingIOError from None
 
-    def handle(self, item):
-        self.names.add(threading.get_ident())
-        item()
-
     def poll(self):
+        self.polled.set()
         self.awake.wait()
         if not self.over:
             self.awake.clear()
@@ -1690,8 +1690,15 @@ class MadeUp:
         self.queue.extend(items)
         self.awake.set()
 
-    def watch(self):
-        self.turns.watch(lambda: math.inf, lambda: self.turns.is_ending() and self.turns.is_done())
+    def item(self, note):
+        return lambda: self.ran.append(note)
+
+    def held(self):
+        self.ran.append("held")
+        assert self.go.wait(DEADLINE)
+
+    def is_over(self):
+        return self.turns.is_ending() and self.turns.is_done()
 
     def __enter__(self):
         assert self.turns.start()
@@ -1700,142 +1707,99 @@ class MadeUp:
 
     def __exit__(self, *_):
         self.turns.shutdown(self.drain)
+        self.go.set()
         self.watcher.join(DEADLINE)
-        assert not self.watcher.is_alive() and self.turns.is_done()
-        wait_until(lambda: not any([thread.name == "mi_datagram worker" for thread in threading.enumerate()]))
+        assert self.is_over() and not self.watcher.is_alive()
+        wait_until(lambda: not workers())
 
 
-def no_thread(thread):
-    raise RuntimeError("can't start new thread")
-
-
-def held(go, ran):
-    """Make an item that is held until GO; it puts itself into the list RAN as it begins."""
-    def item():
-        ran.append(item)
-        assert go.wait(DEADLINE)
-    return item
+def workers():
+    return [thread for thread in threading.enumerate() if thread.name == "mi_datagram worker"]
 
 
 def test_quick_items_stay_on_one_thread():
     """However many there are, they are handled in their order by one worker."""
-    ran = []
     with MadeUp() as made:
-        made.put(*[lambda number=number: ran.append(number) for number in range(2000)])
-        wait_until(lambda: len(ran) == 2000)
-        assert ran == [*range(2000)] and len(made.names) == 1 and not made.stalls
+        made.put(*[lambda number=number: made.ran.append((number, threading.get_ident())) for number in range(2000)])
+        wait_until(lambda: len(made.ran) == 2000)
+        assert made.ran == [(number, made.ran[0][1]) for number in range(2000)] and not made.told
 
 
-@pytest.mark.parametrize("before", [0, 3], ids=["first", "last"])
-def test_leader_that_stalls_is_replaced(before):
-    """A leader that is in one item for a TICK, the first or the last one in the queue, holds up nobody."""
-    go, ran = threading.Event(), []
+@pytest.mark.parametrize("before, rest", [(0, 0), (3, 0), (0, mi_datagram.TICK * (mi_datagram.QUIET_TICKS + 10))])
+def test_leader_that_stalls_is_replaced(before, rest):
+    """A leader that is in one item for a TICK, the first, the last, or one after a sleep, holds up nobody."""
     with MadeUp() as made:
-        made.put(*[lambda: ran.append(0)] * before, held(go, ran))
-        wait_until(lambda: len(ran) == before + 1 and made.stalls)
-        made.put(lambda: ran.append("next"))
-        wait_until(lambda: ran[-1] == "next")
-        go.set()
-
-
-def test_leader_that_stalls_while_it_polls_or_after_a_long_sleep():
-    """A leader that polls is not replaced, and one that stalls after the watcher went to sleep is."""
-    go, ran = threading.Event(), []
-    with MadeUp() as made:
-        pause(mi_datagram.TICK * (mi_datagram.QUIET_TICKS + 10))
-        assert not made.stalls
-        made.put(held(go, ran), lambda: ran.append("next"))
-        wait_until(lambda: ran[-1:] == ["next"])
-        go.set()
+        pause(rest)
+        assert not made.told  # one that polls is not replaced
+        made.put(*[made.item("before")] * before, made.held)
+        wait_until(lambda: made.told == ["stalled"])
+        made.put(made.item("next"))
+        wait_until(lambda: made.ran == ["before"] * before + ["held", "next"])
 
 
 def test_item_that_yields_the_lead():
     """A leader that yields before it waits is replaced at once; it goes on where nobody else can lead."""
-    go, yielded = threading.Event(), []
+    def yielding():
+        made.ran.append(made.turns.yield_lead())
+        assert made.ran[-1] is False or made.go.wait(DEADLINE)
 
-    def slow():
-        yielded.append(made.turns.yield_lead())
-        go.wait(DEADLINE)
-
-    def urgent():
-        yielded.append(made.turns.yield_lead())
-
-    with MadeUp(max_workers=2, urgent=[urgent]) as made:
-        made.put(slow, urgent)
-        wait_until(lambda: yielded == [True, False])
-        go.set()
+    with MadeUp(max_workers=2, urgent=[yielding]) as made:
+        made.put(yielding, yielding)
+        wait_until(lambda: made.ran == [True, False])
 
 
-def test_reserve():
-    """With all others held the last worker handles what is urgent; the rest waits in its order, BACKLOG items of it."""
-    go, ran, order = threading.Event(), [], []
-    urgent = [lambda: order.append("urgent")]
-    with MadeUp(max_workers=3, urgent=urgent) as made:
-        made.put(held(go, ran), held(go, ran))
-        wait_until(lambda: len(ran) == 2)
-        rest = [lambda number=number: order.append(number) for number in range(mi_datagram.BACKLOG + 5)]
-        made.put(*rest[:10], *urgent, *rest[10:])
+@pytest.mark.parametrize("size, fits", [(1, mi_datagram.BACKLOG), (mi_datagram.BACKLOG_BYTES // 2, 2)])
+def test_reserve(size, fits):
+    """With all others held the last worker handles what is urgent; of the rest as much as may waits in the backlog."""
+    urgent = [lambda: made.ran.append("urgent")]
+    with MadeUp(max_workers=3, urgent=urgent, size=lambda item: size) as made:
+        made.put(made.held, made.held)
+        wait_until(lambda: made.ran == ["held"] * 2)
+        rest = [made.item(number) for number in range(fits + 5)]
+        made.put(rest[0], *urgent, *rest[1:])
         wait_until(lambda: len(made.queue) == 4)  # one more waits for room
-        assert order == ["urgent"]
-        go.set()
-        wait_until(lambda: len(order) == len(rest) + 1)
-        assert sorted(order[1:]) == [*range(len(rest))]
-
-
-def test_backlog_is_bounded_by_its_bytes():
-    """The reserve stops receiving when what waits would be larger than BACKLOG_BYTES."""
-    go, ran = threading.Event(), []
-    with MadeUp(max_workers=2, size=lambda item: mi_datagram.BACKLOG_BYTES // 2) as made:
-        made.put(held(go, ran))
-        wait_until(lambda: ran and made.stalls)
-        made.put(*[lambda: ran.append(1)] * 5)
-        wait_until(lambda: len(made.queue) == 2)
         pause(0.01)
-        assert len(made.queue) == 2 and len(ran) == 1
-        go.set()
-        wait_until(lambda: len(ran) == 6)
+        assert len(made.queue) == 4 and made.ran[2:] == ["urgent"]
+        made.go.set()
+        wait_until(lambda: len(made.ran) == 3 + len(rest))
+        assert sorted(made.ran[3:]) == [*range(len(rest))]
 
 
 def test_thread_that_cannot_be_started(monkeypatch):
     """The leader stays the leader then, and is replaced once there is a thread again; without any nothing starts."""
-    go, ran = threading.Event(), []
     with MadeUp() as made:
-        wait_until(lambda: made.turns._is_polling)
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", no_thread)
-            made.put(held(go, ran), lambda: ran.append("next"))
-            wait_until(lambda: "thread_errors" in made.went_wrong)
-            assert len(ran) == 1 and not MadeUp().turns.start()
-        wait_until(lambda: ran[-1] == "next")
-        go.set()
+            refusing_threads(patch, range(1 << 30))
+            made.put(made.held, made.item("next"))
+            wait_until(lambda: "thread_errors" in made.told)
+            assert made.ran == ["held"] and not MadeUp().turns.start()
+        wait_until(lambda: made.ran[-1] == "next")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_worker_that_dies_is_replaced():
     """An item that raises ends its worker; the next items are handled. What cannot be received is told."""
-    ran, errors = [], [OSError()]
-    with MadeUp(receive=lambda: (errors and not ran and (_ for _ in ()).throw(errors.pop())) or made.receive()) as made:
-        made.put(lambda: ran.append(1) or 1 // 0, lambda: ran.append(2))
-        wait_until(lambda: ran == [1, 2])
-        assert made.went_wrong == ["receive_errors"]
+    def receive():
+        if not made.told:
+            raise OSError
+        return made.receive()
+
+    with MadeUp(receive=receive) as made:
+        made.put(lambda: made.ran.append(1) or 1 // 0, made.item(2))
+        wait_until(lambda: made.ran == [1, 2])
+        assert made.told == ["receive_errors"]
 
 
 @pytest.mark.parametrize("drain", [0, 3, 1000])
 @pytest.mark.parametrize("stalls", [False, True])
 def test_shutdown(drain, stalls):
     """What is there is handled, `drain` items at most, also where the leader is held; then all workers end."""
-    go, ran = threading.Event(), []
     made = MadeUp(drain=drain)
+    made.queue.extend([made.held] * stalls)
     with made:
-        if stalls:
-            made.put(held(go, []))
-            wait_until(lambda: made.stalls)
-        else:
-            wait_until(lambda: made.turns._is_polling)
-        made.queue.extend([lambda: ran.append(1)] * 10)
-        made.turns.shutdown(drain)
-        go.set()
-    assert len(ran) == min(drain, 10)
+        assert made.polled.wait(DEADLINE)  # with a leader that is held: the next one
+        made.queue.extend([made.item("drained")] * 10)
+    assert made.ran.count("drained") == min(drain, 10)
 
 
 def test_requested_shutdown_takes_no_lock():
@@ -1848,14 +1812,16 @@ def test_requested_shutdown_takes_no_lock():
 
 def test_mixed_items():
     """10,000 quick items with a slow one in each hundred: none is lost or handled twice, by `max_workers` at most."""
-    ran = []
+    def slow():
+        made.ran.append(0)
+        if made.turns.yield_lead():
+            time.sleep(0.0005)
+        assert len(workers()) <= 8
+
     with MadeUp(max_workers=8) as made:
-        made.put(*[
-            lambda number=number: (ran.append(number), number % 100 or (made.turns.yield_lead() and time.sleep(0.0005)))
-            for number in range(10_000)
-        ])
-        wait_until(lambda: len(ran) == 10_000)
-        assert sorted(ran) == [*range(10_000)] and len(made.turns._workers) <= 8
+        made.put(*[made.item(number) if number % 100 else slow for number in range(10_000)])
+        wait_until(lambda: len(made.ran) == 10_000)
+        assert sorted(made.ran) == [0] * 100 + [number for number in range(10_000) if number % 100]
 
 
 # --------------------------------------------------------------- sending, with pairs of sockets ----
