@@ -2081,7 +2081,7 @@ class LeaderFollowers:
             self._backlog.clear()
 
     def abandon(self) -> None:
-        """Have no worker go on, in a process that was forked; without a lock, as who held it is not here."""
+        """Have no worker go on, in a process that was forked."""
         self._leader, self._left = 0, FORKED
 
     def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
@@ -2099,6 +2099,7 @@ class LeaderFollowers:
                 elif self._leader and seen is not POLLING:
                     if self._promote_follower():
                         self._leader = 0
+                        self._state_changed.notify_all()  # it may wait for room
                         self.work.stalled()
                 elif self._leader or self._quiet_ticks < QUIET_TICKS:
                     self._quiet_ticks += 1
@@ -2110,8 +2111,8 @@ class LeaderFollowers:
         try:
             function(*arguments)
         finally:
-            if self._left == FORKED:
-                os._exit(1)
+            if self._left == FORKED:  # without the lock, which nobody may be here to release
+                os._exit(0)
             with self._lock:
                 self._workers.discard(get_ident())
                 if self._leader == get_ident():  # it died of an error
@@ -2122,7 +2123,7 @@ class LeaderFollowers:
                 self._state_changed.notify_all()
 
     def _work(self) -> None:
-        while (turn := self._take_turn()) is not None:
+        while self._left != FORKED and (turn := self._take_turn()) is not None:
             if turn is LEAD:
                 self._lead()
             else:
@@ -2130,8 +2131,6 @@ class LeaderFollowers:
 
     def _take_turn(self) -> Any:
         """Wait for an item of the backlog, or for the lead (LEAD); None if this worker is not needed any more."""
-        if self._left == FORKED:
-            os._exit(0)
         with self._lock:
             max_followers = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # one is left for a late reply
             if self._leader and not self._backlog and self._followers >= max_followers:
@@ -2189,13 +2188,12 @@ class LeaderFollowers:
             if not self._is_crowded() or self.work.is_urgent(item):
                 return True
             size = self.work.size(item)
-            while self._left > 0 and (len(self._backlog) >= BACKLOG or size > self._room):
+            while self._leader == get_ident() and (len(self._backlog) >= BACKLOG or size > self._room):
                 self._state_changed.wait()
             if not self._is_crowded():  # any more
                 return True
-            self._backlog.append(item)
+            self._backlog.append(item)  # nobody follows, so there is nobody to be told
             self._room -= size
-            self._turn.notify()
             return False
 
     def _is_crowded(self) -> bool:
@@ -2205,7 +2203,7 @@ class LeaderFollowers:
         self._is_careful = self._left < math.inf or self._is_crowded()
 
     def _promote_follower(self) -> bool:
-        """Have a worker look for a turn; False if there is none. Under the lock."""
+        """Have another worker look for a turn; False if there is none. Under the lock."""
         self._turn.notify()
         return bool(self._followers) or self.spawn(self._work)
 
