@@ -4967,24 +4967,20 @@ def test_noise_leaves_nothing_behind(transport, folder):
 
 # ------------------------------------------------------- clients of others ----
 
-# For OpenSIPSMI.execute: command, parameters, result; or the text of the error.
-OPENSIPS_CALLS = [
+OPENSIPS_CALLS = [  # for OpenSIPSMI.execute: command, parameters, and the result or the text of the error
     ("nothing", None, "OK"), ("echo", ["a", 1, None], ["a", 1, None]),
     ("cache_flush", ["x", 3], {"Flushed": {"zone": "x", "limit": 3}}),
     ("cache_flush", {"limit": "3"}, {"Flushed": {"zone": "all", "limit": 3}}),
     ("statistics:get", {"statistics": ["mi_datagram:parse_errors"]}, {"mi_datagram:parse_errors": 0}),
     ("which", {"command": "cache_flush"}, [[], ["zone"], ["zone", "limit"]]),
-]
-OPENSIPS_ERRORS = [
     ("nonesuch", None, "-32601: Method not found"), ("cache_flush", ["none"], "404: No such zone"),
     ("cache_flush", [1, 2, 3], "-32602: Invalid params (Too few or too many parameters)"),
     ("cache_flush", {"zones": "x"}, "-32602: Invalid params (Named parameters do not match)"),
     ("cache_flush", {"limit": "x"}, "-32602: Invalid params (Bad type for parameter 'limit')"),
 ]
-# For `opensips-cli -x mi`: words, and what it prints; or what the error says.
 X3 = {"Flushed": {"zone": "x", "limit": 3}}
 NO_ERRORS = {"mi_datagram:parse_errors": 0, "mi_datagram:forbidden": 0}
-CLI_CALLS = [
+CLI_CALLS = [  # for `opensips-cli -x mi`: words, and what it prints
     (["nothing"], "OK"), (["echo", "a", "b c"], ["a", "b c"]), (["-j", "cache_flush", "x", "3"], X3),
     (["cache_flush", "zone=x", "limit=3"], X3), (["cache_flush", "x", "3"], X3),
     *[([name, *words], NO_ERRORS) for name in ("get_statistics", "statistics:get")
@@ -5026,36 +5022,8 @@ def opensips_settings(request, folder):
     """How OpenSIPS's clients are told to reach a process that serves OPS."""
     udp = ["--socket_name", "udp:127.0.0.1:0"] if request.param == "udp" else []
     with ops_process(folder, *udp) as server:
-        port = server.log[-1].rpartition(":")[2].strip()
-        by_port = {"datagram_ip": "127.0.0.1", "datagram_port": port}
+        by_port = {"datagram_ip": "127.0.0.1", "datagram_port": server.log[-1].rpartition(":")[2].strip()}
         yield by_port if udp else {"datagram_unix_socket": str(folder / "s")}
-
-
-@pytest.fixture
-def run_cli(folder, opensips_settings):
-    """Run a Python with a configuration file of opensips-cli."""
-    settings = {**opensips_settings, "communication_type": "datagram", "log_level": "ERROR"}
-    lines = [f"{name}: {value}\n" for name, value in settings.items()]
-    (folder / "cli.cfg").write_text("[default]\n" + "".join(lines))
-
-    def run_python(*words):
-        return run(sys.executable, *words, env={**os.environ, "HOME": str(folder)}, cwd=folder)
-
-    return run_python
-
-
-@pytest.fixture(scope="module")
-def node_modules():
-    """A folder with the npm package opensips-mi."""
-    npm = shutil.which("npm")
-    if not (npm and shutil.which("node")):
-        pytest.skip("node and npm are not here, so opensips-mi is not tried")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [npm, "install", "--prefix", folder, "--no-audit", "--no-fund", "opensips-mi"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            pytest.skip(f"npm has no opensips-mi for us: {done.stderr}")
-        yield Path(folder) / "node_modules"
 
 
 @pytest.mark.clients
@@ -5065,47 +5033,50 @@ def test_opensips(opensips_settings):
 
     client = OpenSIPSMI("datagram", **opensips_settings)
     for command, params, result in OPENSIPS_CALLS:
-        assert client.execute(command, params) == result
-    for command, params, error in OPENSIPS_ERRORS:
-        with pytest.raises(OpenSIPSMIException, match=re.escape(f"Error executing command: {error}")):
-            client.execute(command, params)
+        try:
+            assert client.execute(command, params) == result
+        except OpenSIPSMIException as error:
+            assert f"Error executing command: {result}" in str(error)
 
 
 @pytest.mark.clients
-def test_opensips_cli(run_cli):
+def test_opensips_cli(folder, opensips_settings):
     """opensips-cli runs and completes the commands that `which` lists, refuses others, and prints in each of its ways."""
-    cli = ("-m", "opensipscli.main", "-f", "cli.cfg")
+    settings = {**opensips_settings, "communication_type": "datagram", "log_level": "ERROR"}
+    (folder / "cli.cfg").write_text("[default]\n" + "".join([f"{name}: {value}\n" for name, value in settings.items()]))
+    python = functools.partial(run, sys.executable, env={**os.environ, "HOME": str(folder)}, cwd=folder)
+    cli = functools.partial(python, "-m", "opensipscli.main", "-f", "cli.cfg")
     for words, result in CLI_CALLS:
-        done = run_cli(*cli, "-x", "--", "mi", *words)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert json.loads(done.stdout) == result
+        done = cli("-x", "--", "mi", *words)
+        assert (done.returncode, done.stderr, json.loads(done.stdout)) == (0, "", result)
     for kind, text in CLI_OUTPUT.items():
-        done = run_cli(*cli, "-o", f"output_type={kind}", "-x", "--", "mi", "cache_flush", "x", "3")
+        done = cli("-o", f"output_type={kind}", "-x", "--", "mi", "cache_flush", "x", "3")
         assert re.fullmatch(text, done.stdout.strip()), done
-    ((kind, pid),) = [(one["Type"], one["PID"]) for one in json.loads(run_cli(*cli, "-x", "mi", "ps").stdout)["Processes"]]
+    ((kind, pid),) = [(one["Type"], one["PID"]) for one in json.loads(cli("-x", "mi", "ps").stdout)["Processes"]]
     assert kind and process_state(pid)[0] != "X"
     for words, error in CLI_ERRORS:
-        done = run_cli(*cli, "-x", "--", "mi", *words)
+        done = cli("-x", "--", "mi", *words)
         assert done.returncode != 0 and error in done.stdout + done.stderr
-    done = run_cli("-c", CLI_COMPLETION, "cli.cfg")
+    done = python("-c", CLI_COMPLETION, "cli.cfg")
     assert done.stdout == "cache_flush \nlimit= zone=\nlimit=\n", done.stderr
 
 
 @pytest.mark.clients
-def test_opensips_mi(folder, node_modules):
+def test_opensips_mi(folder):
     """The Node client of OpenSIPS reads our replies; what it sends again meanwhile is not run again."""
+    npm = shutil.which("npm")
+    if not (npm and shutil.which("node")):
+        pytest.skip("node and npm are not here, so opensips-mi is not tried")
+    done = run(npm, "install", "--prefix", folder, "--no-audit", "--no-fund", "opensips-mi")
+    if done.returncode:
+        pytest.skip(f"npm has no opensips-mi for us: {done.stderr}")
     with ops_process(folder, "--socket_name", "udp:127.0.0.1:0") as server:
         socket_name = server.log[-1].split()[-1]
-        port = socket_name.rpartition(":")[2]
-
-        def node(*words):
-            env = {**os.environ, "NODE_PATH": str(node_modules), "NODE_NO_WARNINGS": "1"}
-            command = ["node", "-e", NODE, port, *words]
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-
+        env = {**os.environ, "NODE_PATH": str(folder / "node_modules"), "NODE_NO_WARNINGS": "1"}
+        node = ["node", "-e", NODE, socket_name.rpartition(":")[2]]
         for words, said in [(["echo", "a", "n::v"], "200,a,n:: v\n"), (["nonesuch"], "500 - command not available\n")]:
-            assert node(*words).communicate(timeout=60)[0] == said
-        with node("hold", "held") as patient:
+            assert run(*node, *words, env=env).stdout == said
+        with subprocess.Popen([*node, "hold", "held"], stdout=subprocess.PIPE, text=True, env=env) as patient:
             wait_until(lambda: int(values(socket_name, "get_statistics", "retransmissions")[0]) > 2)
             (folder / "held").unlink()
             assert patient.communicate(timeout=60)[0] == "200,released\n"
