@@ -2590,20 +2590,6 @@ def test_slow_until_quick_again(name):
         wait_until(lambda: ask(server, b":block:\n") and not mi.commands["block"].slow)
 
 
-def test_burst_into_a_blocked_command(folder, threads, monkeypatch):
-    """At max_threads the server stops reading, starts no more, and loses nothing that the kernel had taken."""
-    monkeypatch.setattr(mi_datagram, "BACKLOG", 100)
-    (mi, runs, go), many = blocking(), 200 + QUEUE
-    with serving(mi, folder / "s", max_threads=8) as server, client_socket(server, True, bind=False) as sock:
-        sending = in_thread(lambda: [sock.send(b":block:\n") for _ in range(many)])
-        wait_until(lambda: len(runs) > 4 and not select.select([], [sock], [], 0.1)[1])
-        assert sending.is_alive() and len(runs) < 8 and len(threads()) <= 9  # `sending` is one
-        go.set()
-        wait_until(lambda: len(runs) == many)
-        assert len(threads()) <= 9
-        sending.join(DEADLINE)
-
-
 def test_spare_threads_are_few(folder, threads):
     """After many commands at once only some of their threads are kept for the next ones; they end with the server."""
     with holding(folder / "s", 40) as (_, sock, go):
@@ -3467,16 +3453,6 @@ def test_where_the_replies_come_to(folder, main, monkeypatch, platform, option):
         assert list(replies.iterdir()) == []
     in_folder = [replies.resolve(), 0o711, 0o666]  # so that a server of any user can write to it
     assert seen == [(platform == "linux" and not option) or in_folder] * 3
-
-
-def test_reply_dir_without_a_descriptor(folder):
-    """A client that can have no socket leaves nothing in `reply_dir` either."""
-    client = Client(str(folder / "s"), reply_dir=str(folder))
-    with pytest.raises(mi_datagram.SocketError, match="nobody listens"):
-        client.call("pwd")  # which imports what is needed
-    with no_descriptors(), pytest.raises(mi_datagram.SocketError, match="Too many open files"):
-        client.call("pwd")
-    assert list(folder.iterdir()) == []
 
 
 # ------------------------------------------------------------- command line ----
