@@ -1973,7 +1973,6 @@ class Work(typing.NamedTuple):
 
 
 LEAD: Any = object()  # a worker's turn to lead
-POLLING: Any = object()  # in place of LeaderFollowers._current
 FORKED = -math.inf  # in place of LeaderFollowers._left
 
 
@@ -1993,8 +1992,8 @@ class LeaderFollowers:
        and while something is in it, nothing that is not urgent goes past it.
     6. A worker that finds neither backlog nor vacant lead follows, or ends if SPARE_THREADS follow already. One that
        dies of an error is replaced.
-    7. The watcher sleeps only while the leader polls, and has for QUIET_TICKS; who has polled wakes it up. Both tell
-       under the lock what they do, so neither misses the other. An idle server makes no wake-ups.
+    7. The watcher sleeps only while the leader polls, after QUIET_TICKS, and who has polled wakes it up. Both change
+       `_poll_ticks` under the lock, so neither misses the other. An idle server makes no wake-ups.
     8. At the shutdown the leader goes on until there is no item left, or `drain` were taken; workers that are done
        empty the backlog and end.
     9. In a process that is forked no worker goes on: the one that forked ends it.
@@ -2009,8 +2008,8 @@ class LeaderFollowers:
         self._workers: set[int | None] = set()  # their idents
         self._followers = 0
         self._leader = 0  # an ident; 0 while the lead is vacant
-        self._current: Any = None  # the item that the leader is in, or POLLING
-        self._quiet_ticks = 0  # that the watcher saw since anything happened
+        self._current: Any = None  # the item that the leader is in
+        self._poll_ticks = 0  # 0: the leader does not poll; n: it does, and has for n - 1 ticks of the watcher
         self._backlog: collections.deque[Any] = collections.deque()
         self._room = BACKLOG_BYTES  # that the backlog has left
         self._is_careful = False  # whether the leader is to ask _admit() before it handles an item
@@ -2055,9 +2054,9 @@ class LeaderFollowers:
     def wake_watcher(self) -> None:
         """Have the watcher call its `act` soon."""
         with self._lock:
-            if self._quiet_ticks >= QUIET_TICKS:
+            if self._poll_ticks:
+                self._poll_ticks = 1
                 self._state_changed.notify_all()
-            self._quiet_ticks = 0
 
     def request_shutdown(self, drain: int) -> None:
         """Have the watcher call shutdown(). Takes no lock, so a signal handler may call it."""
@@ -2087,24 +2086,27 @@ class LeaderFollowers:
     def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
         """Replace leaders until IS_OVER(); call ACT between, which returns in how many s it is to be called again."""
         seen: Any = None
+        ticks = 0  # in the item that was seen
         while not is_over():
             delay = act()
             if self._requested is not None:
                 self.shutdown(self._requested)
             with self._lock:
-                may_sleep = self._quiet_ticks >= QUIET_TICKS and self._current is POLLING and self._left == math.inf
+                may_sleep = self._poll_ticks > QUIET_TICKS and self._left == math.inf
                 self._state_changed.wait(min(delay, threading.TIMEOUT_MAX if may_sleep else TICK))
+                ticks += 1
                 if self._current is not seen:
-                    seen, self._quiet_ticks = self._current, 0
-                elif self._leader and seen is not POLLING:
+                    seen, ticks = self._current, 0
+                elif self._poll_ticks:
+                    self._poll_ticks += 1
+                elif self._leader:
                     if self._promote_follower():
                         self._leader = 0
+                        ticks = 0
                         self._state_changed.notify_all()  # it may wait for room
                         self.work.stalled()
-                elif self._leader or self._quiet_ticks < QUIET_TICKS:
-                    self._quiet_ticks += 1
-                elif self._left > 0:  # nobody leads: no thread could be had
-                    self._quiet_ticks = 0
+                elif ticks > QUIET_TICKS and self._left > 0:  # nobody leads: no thread could be had
+                    ticks = 0
                     self._promote_follower()
 
     def _run(self, function: Callable[..., object], *arguments: Any) -> None:
@@ -2116,7 +2118,7 @@ class LeaderFollowers:
             with self._lock:
                 self._workers.discard(get_ident())
                 if self._leader == get_ident():  # it died of an error
-                    self._leader, self._current = 0, None
+                    self._leader = self._poll_ticks = 0
                 self._update()
                 if self._backlog or not (self._leader or self._left <= 0):
                     self._promote_follower()
@@ -2173,11 +2175,13 @@ class LeaderFollowers:
             if self._left < math.inf:  # there is none left
                 self._end_lead()
                 return
-            self._current = POLLING
+            self._poll_ticks = 1
         self.work.poll()
         with self._lock:
-            self._current = None  # the next item gets a TICK of its own
-            self.wake_watcher()
+            if self._poll_ticks > QUIET_TICKS:
+                self._state_changed.notify_all()
+            self._poll_ticks = 0
+            self._current = None  # what the watcher saw is over: the next item gets a TICK of its own
 
     def _admit(self, item: Any) -> bool:
         """Count what is taken at the end; whether the leader may handle ITEM, or else put it into the backlog."""
@@ -2197,7 +2201,7 @@ class LeaderFollowers:
             return False
 
     def _is_crowded(self) -> bool:
-        return bool(self._backlog) or (not self._followers and len(self._workers) >= self._max_workers)
+        return not self._followers and len(self._workers) >= self._max_workers
 
     def _update(self) -> None:
         self._is_careful = self._left < math.inf or self._is_crowded()

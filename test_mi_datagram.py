@@ -1661,7 +1661,8 @@ class MadeUp:
     """
 
     def __init__(self, max_workers=4, urgent=(), drain=1000, **callables):
-        self.queue, self.ran, self.told, self.drain, self.over = collections.deque(), [], [], drain, False
+        self.queue, self.ran, self.told, self.acts = collections.deque(), [], [], []
+        self.drain, self.over = drain, False
         self.awake, self.polled, self.go = [threading.Event() for _ in range(3)]
         self.polling = threading.Lock()
         work = mi_datagram.Work(**{
@@ -1669,7 +1670,7 @@ class MadeUp:
             "size": lambda item: 1, "is_urgent": lambda item: item in urgent, "stalled": lambda: self.told.append("stalled"),
             "failed": lambda kind, error: self.told.append(kind), **callables})  # fmt: skip
         self.turns = mi_datagram.LeaderFollowers(work, max_workers)
-        self.watcher = threading.Thread(target=lambda: self.turns.watch(lambda: math.inf, self.is_over))
+        self.watcher = threading.Thread(target=self.turns.watch, args=(lambda: self.acts.append(1) or math.inf, self.is_over))
 
     def receive(self):
         try:
@@ -1728,6 +1729,19 @@ def test_quick_items_stay_on_one_thread():
         assert made.ran == [(number, made.ran[0][1]) for number in range(2000)] and not made.told
 
 
+def test_watcher_that_is_woken():
+    """While the leader polls the watcher sleeps, until wake_watcher() has it call `act`."""
+    def is_asleep():
+        made.acts.clear()
+        pause(5 * mi_datagram.TICK)
+        return not made.acts
+
+    with MadeUp() as made:
+        wait_until(is_asleep)
+        made.turns.wake_watcher()
+        wait_until(lambda: made.acts)
+
+
 @pytest.mark.parametrize("before, rest", [(0, 0), (3, 0), (0, mi_datagram.TICK * (mi_datagram.QUIET_TICKS + 10))])
 def test_leader_that_stalls_is_replaced(before, rest):
     """A leader that is in one item for a TICK, the first, the last, or one after a sleep, holds up nobody."""
@@ -1740,19 +1754,23 @@ def test_leader_that_stalls_is_replaced(before, rest):
         wait_until(lambda: made.ran == ["before"] * before + ["held", "next"])
 
 
-def test_leader_that_is_replaced_while_it_receives():
-    """It may take one item more, but does not poll beside the next leader."""
+@pytest.mark.parametrize("more", [0, 1])
+def test_leader_that_is_replaced_while_it_receives(more):
+    """It may take one item more, but does not poll beside the next leader, and does not have that one replaced."""
     def receive():
-        wait_until(lambda: made.told or not made.ran)
-        return made.receive()
+        try:
+            return made.receive()
+        finally:
+            wait_until(lambda: threading.get_ident() not in made.ran or made.polling.locked())
 
     made = MadeUp(receive=receive)
     with made:
-        made.put(made.item("first"))
-        wait_until(lambda: made.told and made.polling.locked())
-        pause(0.01)
-        made.put(made.item("second"))
-        wait_until(lambda: made.ran == ["first", "second"])
+        made.put(lambda: made.ran.append(threading.get_ident()), *[made.held] * more)
+        wait_until(lambda: made.polling.locked() and len(made.ran) == 1 + more)
+        pause(5 * mi_datagram.TICK)
+        assert made.told == ["stalled"]
+        made.put(made.item("next"))
+        wait_until(lambda: made.ran[-1] == "next")
 
 
 def test_item_that_yields_the_lead():
@@ -1814,7 +1832,7 @@ def test_worker_that_dies_is_replaced():
         wait_until(lambda: not made.queue)
         made.go.set()
         wait_until(lambda: made.ran == ["held", "next"])
-        assert made.told[0] == "receive_errors"
+        assert made.told == ["receive_errors", "stalled"]
 
 
 @pytest.mark.parametrize("drain", [0, 3, 1000])
