@@ -2049,7 +2049,8 @@ class LeaderFollowers:
         return self._left < math.inf
 
     def is_done(self) -> bool:
-        return not self._workers
+        with self._lock:  # under which one that died is replaced
+            return not self._workers
 
     def wake_watcher(self) -> None:
         """Have the watcher call its `act` soon."""
@@ -2154,11 +2155,12 @@ class LeaderFollowers:
     def _lead(self) -> None:
         me = get_ident()
         receive, handle = self.work.receive, self.work.handle
+        is_last_look = False
         while self._leader == me:
             try:
                 item = receive()
             except BlockingIOError:
-                self._wait_for_items()
+                is_last_look = self._wait_for_items(is_last_look)
                 continue
             except OSError as error:
                 self.work.failed("receive_errors", error)
@@ -2168,13 +2170,15 @@ class LeaderFollowers:
             self._current = item
             handle(item)
 
-    def _wait_for_items(self) -> None:
+    def _wait_for_items(self, is_last_look: bool) -> bool:
+        """Poll; at the shutdown return True, so that the leader looks for what came before it, and then end."""
         with self._lock:
             if self._leader != get_ident():
-                return
-            if self._left < math.inf:  # there is none left
-                self._end_lead()
-                return
+                return False
+            if self._left < math.inf:
+                if is_last_look:
+                    self._end_lead()
+                return True
             self._poll_ticks = 1
         self.work.poll()
         with self._lock:
@@ -2182,6 +2186,7 @@ class LeaderFollowers:
                 self._state_changed.notify_all()
             self._poll_ticks = 0
             self._current = None  # what the watcher saw is over: the next item gets a TICK of its own
+        return False
 
     def _admit(self, item: Any) -> bool:
         """Count what is taken at the end; whether the leader may handle ITEM, or else put it into the backlog."""

@@ -1847,6 +1847,23 @@ def test_shutdown(drain, stalls):
     assert made.ran.count("drained") == min(drain, 10)
 
 
+def test_what_comes_just_before_the_shutdown():
+    """What comes after the leader has looked, and before the shutdown, is handled too."""
+    def receive():
+        try:
+            return made.receive()
+        except BlockingIOError:
+            if not made.turns.is_ending():
+                made.put(made.item("last"))
+                made.turns.shutdown(1000)
+            raise
+
+    made = MadeUp(receive=receive)
+    with made:
+        wait_until(made.is_over)
+    assert made.ran == ["last"]
+
+
 def test_requested_shutdown_takes_no_lock():
     """request_shutdown() ends them also while another thread holds the lock."""
     with MadeUp() as made:
