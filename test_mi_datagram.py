@@ -1784,8 +1784,8 @@ def test_item_that_yields_the_lead():
         wait_until(lambda: made.ran == [True, False])
 
 
-@pytest.mark.parametrize("size, fits", [(1, mi_datagram.BACKLOG), (mi_datagram.BACKLOG_BYTES // 2, 2)])
-def test_reserve(size, fits):
+@pytest.mark.parametrize("size, fits, spawned", [(1, mi_datagram.BACKLOG, False), (mi_datagram.BACKLOG_BYTES // 2, 2, True)])
+def test_reserve(size, fits, spawned):
     """With all others held the last worker handles what is urgent; of the rest as much as may waits, in its order."""
     def first():
         wait_until(lambda: len(made.queue) == 3)  # as there is room again
@@ -1793,7 +1793,7 @@ def test_reserve(size, fits):
 
     urgent = [lambda: made.ran.append("urgent")]
     with MadeUp(max_workers=2, urgent=urgent, size=lambda item: size) as made:
-        made.put(made.held)
+        made.turns.spawn(made.held) if spawned else made.put(made.held)
         wait_until(lambda: made.ran == ["held"])
         rest = [made.item(number) for number in range(fits + 4)]
         made.put(first, *urgent, *rest)
@@ -1803,6 +1803,25 @@ def test_reserve(size, fits):
         made.go.set()
         wait_until(lambda: len(made.ran) == 3 + len(rest))
         assert made.ran[2:fits + 2] == ["first", *range(fits - 1)] and sorted(made.ran[3:]) == [*range(len(rest))]
+
+
+def test_leader_is_no_reserve_while_another_follows():
+    """With all threads started, but one of them free, the leader handles what comes."""
+    with MadeUp(max_workers=4) as made:
+        made.put(made.held, made.held, lambda: pause(5 * mi_datagram.TICK))
+        wait_until(lambda: len(made.told) == 3)
+        pause(10 * mi_datagram.TICK)  # so that the third one follows
+        made.put(made.item("next"))
+        wait_until(lambda: made.ran == ["held", "held", "next"])
+
+
+def test_end_leaves_what_waits():
+    """After end() no worker takes another item, of the backlog neither."""
+    with MadeUp(max_workers=2) as made:
+        made.put(made.held, made.item("waits"))
+        wait_until(lambda: made.ran and not made.queue)
+        made.turns.end()
+    assert made.ran == ["held"]
 
 
 def test_thread_that_cannot_be_started(monkeypatch):
@@ -3385,10 +3404,12 @@ def test_client_gives_up(folder, monkeypatch, name, call):
 
 def test_client_of_a_server_that_does_not_read(folder):
     """Where a server's queue is full, a client gives up at its timeout, and sleeps until then."""
-    with bound_socket(folder / "s") as server, Client(folder / "s", timeout=200) as client:
+    with bound_socket(folder / "s") as server, Client(folder / "s", timeout=200) as client, contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
         with bound_socket("") as other, contextlib.suppress(BlockingIOError):
             while True:
                 other.sendto(b"x", socket.MSG_DONTWAIT, server.getsockname())
+        socket.setdefaulttimeout(DEADLINE)  # which is the program's and not ours
         begin = time.process_time()
         with pytest.raises(mi_datagram.NoAnswer):
             client.call("anything")
@@ -3411,18 +3432,6 @@ def test_client_takes_no_nonsense(folder, call, answer):
     with stand_in(folder / "s", lambda server, _, client: [server.sendto(one, client) for one in (answer, right)]):
         with Client(folder / "s") as client:
             assert getattr(client, call)("anything") in ("right", Reply(200, "OK", [Node(None, "right")]))
-
-
-@pytest.mark.parametrize("default", [0, 0.02])
-def test_timeout_of_the_program_is_not_the_clients(name, default):
-    """What a program sets by socket.setdefaulttimeout has no effect on a client."""
-    mi, _, go = blocking()
-    with serving(mi, name) as server, contextlib.ExitStack() as stack:
-        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
-        socket.setdefaulttimeout(default)
-        threading.Timer(0.06, go.set).start()
-        with Client(server.socket_name, timeout=DEADLINE * 1000) as client:
-            assert client.call("block").nodes == [Node(None, "done")] and client.call_json("block") == "done"
 
 
 def test_client_in_a_forked_process(folder, name):
