@@ -1900,8 +1900,8 @@ class LeaderFollowers:
        and while something is in it, nothing that is not urgent goes past it.
     6. A worker that finds neither backlog nor vacant lead follows, or ends if SPARE_THREADS follow already. One that
        dies of an error is replaced.
-    7. The watcher sleeps only while the leader polls, and who has polled wakes it up. Both tell under the lock what
-       they do, so neither misses the other. An idle server makes no wake-ups.
+    7. The watcher sleeps only while the leader polls, after QUIET_TICKS, and who has polled wakes it up. Both change
+       `_poll_ticks` under the lock, so neither misses the other. An idle server makes no wake-ups.
     8. At the shutdown the leader goes on until there is no item left, or `drain` were taken; workers that are done
        empty the backlog and end.
     9. In a process that is forked no worker goes on: the one that forked ends it.
@@ -1916,11 +1916,11 @@ class LeaderFollowers:
         self._workers: set[int | None] = set()  # their idents
         self._followers = 0
         self._leader = 0  # an ident; 0 while the lead is vacant
-        self._is_polling = False
-        self._watcher_sleeps = False
-        self._backlog: collections.deque[Any] = collections.deque()
-        self._is_careful = False  # whether the leader is to ask _admit() before it handles an item
         self._current: Any = None  # the item that the leader is in
+        self._poll_ticks = 0  # 0: the leader does not poll; n: it does, and has for n - 1 ticks of the watcher
+        self._backlog: collections.deque[Any] = collections.deque()
+        self._room = BACKLOG_BYTES  # that the backlog has left
+        self._is_careful = False  # whether the leader is to ask _admit() before it handles an item
         self._left = math.inf  # items to take until the end: less than inf from the shutdown on, 0 at its end
         self._requested: int | None = None  # the `drain` of request_shutdown
 
@@ -1941,12 +1941,14 @@ class LeaderFollowers:
                 return False
             self._workers.add(worker.ident)
             self._update()
-        return True
+            return True
 
     def yield_lead(self) -> bool:
         """Have another worker receive, as what this thread does next may take long; return False if there is none."""
         with self._lock:
-            return self._leader != get_ident() or self._promote_follower()
+            if self._leader == get_ident() and self._promote_follower():
+                self._leader = 0
+            return self._leader != get_ident()
 
     def is_worker(self) -> bool:
         return get_ident() in self._workers
@@ -1955,58 +1957,30 @@ class LeaderFollowers:
         return self._left < math.inf
 
     def is_done(self) -> bool:
-        return not self._workers
+        with self._lock:  # under which one that died is replaced
+            return not self._workers
 
     def wake_watcher(self) -> None:
         """Have the watcher call its `act` soon."""
         with self._lock:
-            if self._watcher_sleeps:
-                self._watcher_sleeps = False
+            if self._poll_ticks:
+                self._poll_ticks = 1
                 self._state_changed.notify_all()
 
     def request_shutdown(self, drain: int) -> None:
-        """Have a worker or the watcher call shutdown(). Takes no lock, so a signal handler may call it."""
+        """Have the watcher call shutdown(). Takes no lock, so a signal handler may call it."""
         self._requested = drain
         self.work.wake()
 
     def shutdown(self, drain: int) -> None:
         """Take DRAIN items more, as far as there are any now, and end."""
         with self._lock:
-            if self._left == math.inf:
-                self._left = drain
-                if not drain:
-                    self._end_lead()
-                self._update()
-                self._state_changed.notify_all()
+            self._left = min(self._left, drain)
+            if not self._left:
+                self._end_lead()
+            self._update()
+            self._state_changed.notify_all()
         self.work.wake()
-
-    def abandon(self) -> None:
-        """Have no worker go on, in a process that was forked; without a lock, as who held it is not here."""
-        self._leader, self._left = 0, FORKED
-
-    def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
-        """Replace leaders until IS_OVER(); call ACT between, which returns in how many s it is to be called again."""
-        seen: Any = None
-        was_polling = False
-        ticks = 0  # since anything changed
-        while not is_over():
-            delay = act()
-            if self._requested is not None:
-                self.shutdown(self._requested)
-            with self._lock:
-                self._watcher_sleeps = ticks >= QUIET_TICKS and self._is_polling and self._left == math.inf
-                pause = delay if self._watcher_sleeps else min(delay, TICK)
-                self._state_changed.wait(None if pause == math.inf else min(pause, threading.TIMEOUT_MAX))
-                if self._current is not seen or self._is_polling != was_polling:
-                    seen, was_polling, ticks = self._current, self._is_polling, 0
-                elif self._leader and not self._is_polling:
-                    if self._promote_follower():
-                        self.work.stalled()
-                elif self._leader or ticks < QUIET_TICKS:
-                    ticks += 1
-                elif self._left > 0:  # nobody leads: no thread could be had
-                    ticks = 0
-                    self._call_follower()
 
     def end(self) -> None:
         """End now: no worker takes another item."""
@@ -2014,52 +1988,60 @@ class LeaderFollowers:
             self._end_lead()
             self._backlog.clear()
 
+    def abandon(self) -> None:
+        """Have no worker go on, in a process that was forked."""
+        self._leader, self._left = 0, FORKED
+
+    def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
+        """Replace leaders until IS_OVER(); call ACT between, which returns in how many s it is to be called again."""
+        seen: Any = None
+        ticks = 0  # in the item that was seen
+        while not is_over():
+            delay = act()
+            if self._requested is not None:
+                self.shutdown(self._requested)
+            with self._lock:
+                may_sleep = self._poll_ticks > QUIET_TICKS and self._left == math.inf
+                self._state_changed.wait(min(delay, threading.TIMEOUT_MAX if may_sleep else TICK))
+                ticks += 1
+                if self._current is not seen:
+                    seen, ticks = self._current, 0
+                elif self._poll_ticks:
+                    self._poll_ticks += 1
+                elif self._leader:
+                    if self._promote_follower():
+                        self._leader = 0
+                        ticks = 0
+                        self._state_changed.notify_all()  # it may wait for room
+                        self.work.stalled()
+                elif ticks > QUIET_TICKS and self._left > 0:  # nobody leads: no thread could be had
+                    ticks = 0
+                    self._promote_follower()
+
     def _run(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
             function(*arguments)
         finally:
-            if self._left == FORKED:
-                os._exit(1)
+            if self._left == FORKED:  # without the lock, which nobody may be here to release
+                os._exit(0)
             with self._lock:
                 self._workers.discard(get_ident())
                 if self._leader == get_ident():  # it died of an error
-                    self._leader = 0
+                    self._leader = self._poll_ticks = 0
                 self._update()
                 if self._backlog or not (self._leader or self._left <= 0):
-                    self._call_follower()
-                if self._left < math.inf:  # else only the watcher would be woken, before its TICK is over
-                    self._state_changed.notify_all()
+                    self._promote_follower()
+                self._state_changed.notify_all()
 
     def _work(self) -> None:
-        turn = self._take_turn()
-        while turn is not None:
+        while self._left != FORKED and (turn := self._take_turn()) is not None:
             if turn is LEAD:
                 self._lead()
             else:
                 self.work.handle(turn)
-            turn = self._take_turn()
-
-    def _lead(self) -> None:
-        me = get_ident()
-        receive, handle = self.work.receive, self.work.handle
-        while self._leader == me:
-            try:
-                item = receive()
-            except BlockingIOError:
-                self._wait_for_items()
-                continue
-            except OSError as error:
-                self.work.failed("receive_errors", error)
-                continue
-            if self._is_careful and not self._admit(item):
-                continue
-            self._current = item
-            handle(item)
 
     def _take_turn(self) -> Any:
         """Wait for an item of the backlog, or for the lead (LEAD); None if this worker is not needed any more."""
-        if self._left == FORKED:
-            os._exit(0)
         with self._lock:
             max_followers = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # one is left for a late reply
             if self._leader and not self._backlog and self._followers >= max_followers:
@@ -2071,21 +2053,74 @@ class LeaderFollowers:
             turn = None
             if self._backlog:
                 turn = self._backlog.popleft()
+                self._room += self.work.size(turn)
                 self._state_changed.notify_all()
             elif self._left > 0:
                 self._leader, self._current, turn = get_ident(), None, LEAD
             self._update()
             return turn
 
-    def _promote_follower(self) -> bool:
-        """Give the lead to another worker; False if there is none. Under the lock."""
-        leader, self._leader = self._leader, 0
-        if not self._call_follower():
-            self._leader = leader
-        return not self._leader
+    def _lead(self) -> None:
+        me = get_ident()
+        receive, handle = self.work.receive, self.work.handle
+        is_last_look = False
+        while self._leader == me:
+            try:
+                item = receive()
+            except BlockingIOError:
+                is_last_look = self._wait_for_items(is_last_look)
+                continue
+            except OSError as error:
+                self.work.failed("receive_errors", error)
+                continue
+            if self._is_careful and not self._admit(item):
+                continue
+            self._current = item
+            handle(item)
 
-    def _call_follower(self) -> bool:
-        """Have a worker look for a turn; False if there is none. Under the lock."""
+    def _wait_for_items(self, is_last_look: bool) -> bool:
+        """Poll; at the shutdown return True, so that the leader looks for what came before it, and then end."""
+        with self._lock:
+            if self._leader != get_ident():
+                return False
+            if self._left < math.inf:
+                if is_last_look:
+                    self._end_lead()
+                return True
+            self._poll_ticks = 1
+        self.work.poll()
+        with self._lock:
+            if self._poll_ticks > QUIET_TICKS:
+                self._state_changed.notify_all()
+            self._poll_ticks = 0
+            self._current = None  # what the watcher saw is over: the next item gets a TICK of its own
+        return False
+
+    def _admit(self, item: Any) -> bool:
+        """Count what is taken at the end; whether the leader may handle ITEM, or else put it into the backlog."""
+        with self._lock:
+            self._left -= 1
+            if self._left <= 0:
+                self._end_lead()
+            if not self._is_crowded() or self.work.is_urgent(item):
+                return True
+            size = self.work.size(item)
+            while self._leader == get_ident() and (len(self._backlog) >= BACKLOG or size > self._room):
+                self._state_changed.wait()
+            if not self._is_crowded():  # any more
+                return True
+            self._backlog.append(item)  # nobody follows, so there is nobody to be told
+            self._room -= size
+            return False
+
+    def _is_crowded(self) -> bool:
+        return not self._followers and len(self._workers) >= self._max_workers
+
+    def _update(self) -> None:
+        self._is_careful = self._left < math.inf or self._is_crowded()
+
+    def _promote_follower(self) -> bool:
+        """Have another worker look for a turn; False if there is none. Under the lock."""
         self._turn.notify()
         return bool(self._followers) or self.spawn(self._work)
 
@@ -2094,53 +2129,13 @@ class LeaderFollowers:
         self._turn.notify_all()
         self._state_changed.notify_all()
 
-    def _is_crowded(self) -> bool:
-        return bool(self._backlog) or (not self._followers and len(self._workers) >= self._max_workers)
-
-    def _update(self) -> None:
-        self._is_careful = self._left < math.inf or self._is_crowded()
-
-    def _admit(self, item: Any) -> bool:
-        """Count what is taken at the end; whether the leader may handle ITEM, or else put it into the backlog."""
-        is_urgent = not self._is_crowded() or self.work.is_urgent(item)
-        with self._lock:
-            self._left -= 1
-            if self._left <= 0:
-                self._end_lead()
-            if is_urgent or not self._is_crowded():
-                return True
-            self._state_changed.wait_for(lambda: self._has_room(item) or self._left <= 0)
-            if not self._is_crowded():  # any more
-                return True
-            self._backlog.append(item)
-            self._turn.notify()
-            return False
-
-    def _has_room(self, item: Any) -> bool:
-        size = sum(map(self.work.size, self._backlog)) + self.work.size(item)
-        return len(self._backlog) < BACKLOG and size <= BACKLOG_BYTES
-
-    def _wait_for_items(self) -> None:
-        with self._lock:
-            if self._leader == get_ident() and self._left < math.inf:  # there is none left
-                self._end_lead()
-            if self._leader != get_ident():
-                return
-            self._is_polling = True
-        self.work.poll()
-        with self._lock:
-            self._is_polling = False
-            self._current = None  # what the watcher saw is over: the next item gets a TICK of its own
-            self.wake_watcher()
-        if self._requested is not None:
-            self.shutdown(self._requested)
-
 
 # ------------------------------------------------------------------ sending ----
 
 MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 SO_SNDBUFFORCE = 32  # Linux: beyond net.core.wmem_max, for root
-TIMEVAL = "@qq" if getattr(socket, "SO_SNDTIMEO", 0) > 60 else "@ll"  # 32-bit systems with a 64-bit time_t have 67
+# Of SO_SNDTIMEO: s and µs, both 0 mean forever. 32-bit systems with a 64-bit time_t have SO_SNDTIMEO 67.
+TIMEVAL = struct.Struct("@qq" if getattr(socket, "SO_SNDTIMEO", 0) > 60 else "@ll")
 
 # Why a reply was dropped, by the error that says so: the statistic, and a hint for the log.
 DROP_REASONS = {
@@ -2151,11 +2146,6 @@ DROP_REASONS = {
     errno.ECONNRESET: ("dropped_gone", "the client is gone"),
     errno.ENOENT: ("dropped_gone", "the client is gone, or its socket is in another mount namespace: PrivateTmp="),
 }
-
-
-def _timeval(seconds: float) -> bytes:
-    """Return a struct timeval for SO_SNDTIMEO and SO_RCVTIMEO; to them 0 means forever."""
-    return struct.pack(TIMEVAL, int(seconds), int(seconds % 1 * 1_000_000))
 
 
 class Outbox:
@@ -2169,7 +2159,7 @@ class Outbox:
 
     def __init__(self, interface: Interface, timeout: int, max_threads: int, run_slow: Callable[..., bool]) -> None:
         self._interface = interface
-        self._timeout = timeout / 1000
+        self._timeout = timeout
         self._max_waiting = min(max_threads // 2, max_threads - 3)  # one is left for commands, and the reserve
         self._run_slow = run_slow
         self._lock = threading.Lock()
@@ -2178,7 +2168,7 @@ class Outbox:
     def prepare(self, sock: socket.socket) -> None:
         """Set what a socket needs for sending, whatever the program's defaults are."""
         sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(*divmod(self._timeout * 1000, 1_000_000)))
         try:
             sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
         except OSError:
@@ -2189,7 +2179,7 @@ class Outbox:
         request, address = asked.request, asked.client_address
         try:
             if request[2]:
-                _send_from(request, reply, MSG_DONTWAIT, address)
+                self._sendto(request, reply, MSG_DONTWAIT, address)
             else:
                 request[1].sendto(reply, MSG_DONTWAIT, address)
         except BlockingIOError as error:
@@ -2204,9 +2194,19 @@ class Outbox:
             self._interface.count_reply()
 
     def _send_later(self, request: Any, reply: bytes, address: Any, error: OSError) -> None:
-        """Send a reply that was not taken at once."""
-        if address in self._waiting or not self._run_slow(self._send_blocking, request, reply, address):
+        """Send a reply that was not taken at once; ERROR says why."""
+        if address in self._waiting:
             self._drop(request, address, error)
+            return
+        try:
+            self._sendto(request, reply, MSG_DONTWAIT, address)
+        except BlockingIOError:
+            if not self._run_slow(self._send_blocking, request, reply, address):
+                self._drop(request, address, error)
+        except OSError as other:
+            self._drop(request, address, error if other.errno == errno.EPERM else other)
+        else:
+            self._interface.count_reply()
 
     def _send_blocking(self, request: Any, reply: bytes, address: Any) -> None:
         try:
@@ -2215,14 +2215,23 @@ class Outbox:
                     raise BlockingIOError(errno.EAGAIN, "too many replies wait")
                 self._waiting.add(address)
             try:
-                _send_from(request, reply, 0, address)
+                self._sendto(request, reply, 0, address)
             finally:
-                with self._lock:
-                    self._waiting.discard(address)
+                self._waiting.discard(address)
         except OSError as error:
             self._drop(request, address, error)
         else:
             self._interface.count_reply()
+
+    def _sendto(self, request: Any, reply: bytes, flags: int, address: Any) -> None:
+        """Send from the address that was asked; from the host's own if that is for receiving alone."""
+        _, sock, source, *_ = request
+        try:
+            sock.sendmsg([reply], source, flags, address)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENETUNREACH):
+                raise
+            sock.sendto(reply, flags, address)
 
     def _drop(self, request: Any, address: Any, error: Exception) -> None:
         if request[1].fileno() < 0:  # it is over, or this process is a fork
@@ -2235,19 +2244,6 @@ class Outbox:
             _note(logging.WARNING, "reply to %a dropped: %s%s", address, error, hint and f" ({hint})")
 
 
-def _send_from(request: Any, reply: bytes, flags: int, address: Any) -> None:
-    """Send a reply from the address that was asked; from the host's own if that is for receiving alone."""
-    _, sock, source, *_ = request
-    if source:
-        try:
-            sock.sendmsg([reply], source, flags, address)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENETUNREACH):
-                raise
-    sock.sendto(reply, flags, address)
-
-
 class UnixOutbox(Outbox):
     """Sends from one-off sockets too: the kernel charges replies that nobody reads yet to the buffer of the sender.
 
@@ -2256,33 +2252,10 @@ class UnixOutbox(Outbox):
     own, so to wait for them could be to wait forever.
     """
 
-    def _send_later(self, request: Any, reply: bytes, address: Any, error: OSError) -> None:
-        if address in self._waiting:
-            self._drop(request, address, error)
-            return
-        try:
-            with self._overflow_socket() as sock:
-                sock.sendto(reply, MSG_DONTWAIT, address)
-        except BlockingIOError:
-            super()._send_later(request, reply, address, error)
-        except OSError as other:
-            self._drop(request, address, error if other.errno == errno.EPERM else other)
-        else:
-            self._interface.count_reply()
-
-    def _send_blocking(self, request: Any, reply: bytes, address: Any) -> None:
-        try:
-            sock = self._overflow_socket()
-        except OSError as error:
-            self._drop(request, address, error)
-            return
-        with sock:
-            super()._send_blocking((None, sock, ()), reply, address)
-
-    def _overflow_socket(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.prepare(sock)
-        return sock
+    def _sendto(self, request: Any, reply: bytes, flags: int, address: Any) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            self.prepare(sock)
+            sock.sendto(reply, flags, address)
 
 
 # ------------------------------------------------------------------ handler ----
@@ -2981,30 +2954,6 @@ class NoAnswer(Error, TimeoutError):
     """No reply came in time, or none that can be read."""
 
 
-def _unix_receiver(sock: socket.socket, path: str) -> Callable[[], bytes]:
-    """Return what receives on SOCK from the server at PATH, and raises ValueError for a datagram of somebody else.
-
-    OpenSIPS and the original reply from another socket, without an address, so the client is not connected.
-    It takes a reply from the address that the server is bound to, or from a sender without an address
-    that runs, as the kernel says, as the owner of the socket file or as root.
-    """
-    owner = os.stat(path).st_uid
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        probe.connect(path)
-        address = probe.getpeername()
-
-    def receive() -> bytes:
-        reply, ancillary, _, sender = sock.recvmsg(UNIX_PAYLOAD, ANCILLARY)
-        uid = Peer(sender, *[data for _, kind, data in ancillary if kind == SCM_CREDENTIALS]).uid
-        # A relative address can be had by anybody, in another working directory.
-        is_server = sender == address and os.path.isabs(os.fsencode(sender))
-        if is_server or (uid in (owner, 0) and sender in (address, "", None)):
-            return reply
-        raise ValueError(f"its sender is {sender or 'unbound'!a} of uid {uid}, the server {address!a}")
-
-    return receive
-
-
 class Client:
     """Runs commands of a server: `call` in the line dialect, `call_json` in JSON-RPC 2.0.
 
@@ -3021,9 +2970,9 @@ class Client:
         self.socket_name = os.fspath(socket_name)
         self.timeout = _number("timeout", timeout, 1, 2**31 - 1)
         self._reply_dir = reply_dir
+        self._folder = ""  # the private one, while there is one
         self._socket: socket.socket | None = None
         self._pid = 0  # of the process that made the socket
-        self._held = contextlib.ExitStack()  # the folder of its name
         self._last_id = 0
 
     def call(self, command: str, /, *values: object, **named: object) -> Reply:
@@ -3109,17 +3058,6 @@ class Client:
             self._socket.connect(address)
         return self._socket
 
-    def _send(self, sock: socket.socket, request: bytes) -> Callable[[], bytes]:
-        """Send a request and return what receives its reply."""
-        sock.settimeout(None)  # the kernel waits for room in the server's queue: Python's own timeout would spin
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self.timeout / 1000))
-        if isinstance(self._address, str):
-            receive = _unix_receiver(sock, self._address)
-            sock.sendto(request, self._address)
-            return receive
-        sock.send(request)
-        return lambda: sock.recv(UNIX_PAYLOAD)
-
     def _bind(self, sock: socket.socket) -> None:
         if sys.platform == "linux" and self._reply_dir is None:
             sock.bind(f"\0mi_datagram.{self._pid}.{os.urandom(8).hex()}")
@@ -3127,24 +3065,52 @@ class Client:
         import tempfile
 
         try:
-            folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
-            path = os.path.join(folder, "reply")
-            self._held.enter_context(contextlib.suppress(OSError))  # of the two below
-            self._held.callback(os.rmdir, folder)
-            self._held.callback(os.unlink, path)
-            os.chmod(folder, 0o711)  # the server may run as somebody else
+            self._folder = tempfile.mkdtemp(prefix="mi_datagram.", dir=self._reply_dir)
+            os.chmod(self._folder, 0o711)  # the server may run as somebody else
+            path = os.path.join(self._folder, "reply")
             sock.bind(path)
             os.chmod(path, 0o666)  # whatever the umask
         except (OSError, ValueError) as error:
             raise SocketError(f"reply_dir {self._reply_dir!a}: {getattr(error, 'strerror', None) or error}") from None
 
+    def _send(self, sock: socket.socket, request: bytes) -> Callable[[], bytes]:
+        """Send a request and return what receives its reply, and raises ValueError for a datagram of somebody else.
+
+        OpenSIPS and the original reply from another socket, without an address, so a UNIX client is not connected.
+        It takes a reply from the address that the server is bound to, or from a sender without an address
+        that runs, as the kernel says, as the owner of the socket file or as root.
+        """
+        sock.settimeout(None)  # the kernel waits for room in the server's queue: Python's own timeout would spin
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(*divmod(self.timeout * 1000, 1_000_000)))
+        if not isinstance(self._address, str):
+            sock.send(request)
+            return lambda: sock.recv(UNIX_PAYLOAD)
+        owner = os.stat(self._address).st_uid
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            probe.connect(self._address)
+            address = probe.getpeername()
+
+        def receive() -> bytes:
+            reply, ancillary, _, sender = sock.recvmsg(UNIX_PAYLOAD, ANCILLARY)
+            uid = Peer(sender, *[data for _, kind, data in ancillary if kind == SCM_CREDENTIALS]).uid
+            # A relative address can be had by anybody, in another working directory.
+            is_server = sender == address and os.path.isabs(os.fsencode(sender))
+            if is_server or (uid in (owner, 0) and sender in (address, "", None)):
+                return reply
+            raise ValueError(f"its sender is {sender or 'unbound'!a} of uid {uid}, the server {address!a}")
+
+        sock.sendto(request, self._address)
+        return receive
+
     def close(self) -> None:
         """Close the socket and remove what it needed; the next call makes it anew."""
         if self._socket is not None:
             self._socket.close()
-        self._socket, held = None, self._held.pop_all()
-        if self._pid == os.getpid():  # what a forked process has is its parent's
-            held.close()
+        if self._folder and self._pid == os.getpid():  # what a forked process has is its parent's
+            for remove, path in ((os.unlink, os.path.join(self._folder, "reply")), (os.rmdir, self._folder)):
+                with contextlib.suppress(OSError):
+                    remove(path)
+        self._socket, self._folder = None, ""
 
     def __enter__(self) -> Client:
         return self
