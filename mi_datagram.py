@@ -2708,7 +2708,6 @@ class ServerMixIn(_Threads):
         self.remove_file()  # first: newcomers are told at once, and while the socket lives no other file has its inode
         threads = self._threads
         if threads is None:
-            self.service.open_replies.drop_late(math.inf)
             self.socket.close()
         elif wait:
             self.shutdown()
