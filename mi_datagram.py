@@ -2958,7 +2958,7 @@ def _clear_path(path: str) -> None:
 def _remove_file(path: str, ours: os.stat_result, pid: int) -> None:
     """Remove the socket file if it is still OURS, and that of process PID."""
     with contextlib.suppress(OSError):
-        if pid == os.getpid() and os.path.samestat(os.lstat(path), ours):
+        if pid == os.getpid() and stat.S_ISSOCK(ours.st_mode) and os.path.samestat(os.lstat(path), ours):
             os.unlink(path)
 
 
