@@ -2833,13 +2833,6 @@ def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
     return family, address
 
 
-def _unix_family(name: str) -> int:
-    """Return AF_UNIX for the socket NAME; raise SocketError where there is none."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise SocketError(f"socket_name {name!a}: this system has no UNIX sockets")
-    return socket.AF_UNIX
-
-
 if TYPE_CHECKING or hasattr(socketserver, "ThreadingUnixDatagramServer"):
     _UnixBase = socketserver.ThreadingUnixDatagramServer
 else:
@@ -3088,7 +3081,9 @@ class Client:
         self.close()
         self._pid = os.getpid()
         if isinstance(self._address, str):
-            self._socket = socket.socket(_unix_family(self._address), socket.SOCK_DGRAM)
+            if not hasattr(socket, "AF_UNIX"):
+                raise SocketError(f"socket_name {self._address!a}: this system has no UNIX sockets")
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             if SO_PASSCRED:
                 self._socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
             self._bind(self._socket)
