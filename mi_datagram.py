@@ -2511,7 +2511,7 @@ class _Threads(socketserver.BaseServer):
         """Count and log an error that is no request's own."""
         self.interface.count(kind)
         if self.interface.log_limit.allows(kind):
-            _note(logging.ERROR, "%s: %a", kind, str(error), error=error)
+            _note(logging.ERROR, "%s: %a", kind, error, error=error)
         if kind == "receive_errors":
             time.sleep(TICK)  # whatever it is, it may last
 
@@ -2551,7 +2551,7 @@ class ServerMixIn(_Threads):
         # A UDP peer may be forged, so a refused one gets no reply.
         self.service = Service(interface, limit, indent, json_indent, authorize, is_udp, open_replies=deadlines)
         self.interface = interface
-        self.drain = 0 if listening else DRAIN  # datagrams that are still answered at the end; or by a successor
+        self.drain = 0 if listening else DRAIN  # datagrams that are still answered at the end, if not by a successor
         self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
         self.buffer = _Buffer(limit + 1)  # one byte more shows that a request is too long
         outbox = Outbox if is_udp else UnixOutbox
