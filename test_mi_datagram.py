@@ -2817,13 +2817,14 @@ def test_request_that_is_over_may_come_again_at_once(command):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_request_that_killed_its_thread_may_come_again():
+def test_request_that_killed_its_thread_may_come_again(threads):
     """Over UDP a request whose thread died of an error is at work no more: it is run if it comes again."""
     with derived("udp:127.0.0.1:0", **hooked(lambda hook: 1 // (not hook.startswith(("finish", "handle"))))) as server:
         with client_socket(server) as sock:
             for number in range(1, 4):
                 send(server, sock, NOTIFICATION % (b"echo", 1))
                 wait_until(lambda: count(server, "requests") == count(server, "handler_errors") == number)  # noqa: B023
+    wait_until(lambda: not threads())  # or another test has their errors
 
 
 # --------------------------------------------------------------- servers: faults ----
