@@ -228,8 +228,7 @@ class LogLimit:
         ends = [math.inf]
         for kind, (end, count) in list(self._seconds.items()):
             if end <= now:
-                del self._seconds[kind]
-                if count > LOG_LINES:
+                if self._seconds.pop(kind, None) and count > LOG_LINES:  # None: another thread tells it
                     _note(logging.WARNING, "%s: %d more in this second", kind, count - LOG_LINES)
             elif count > LOG_LINES:
                 ends.append(end)
