@@ -61,7 +61,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
 
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 __all__ = [
     "Client", "CommandError", "Counter", "Deferred", "Error", "Handler", "Interface", "NoAnswer", "Node",
@@ -225,8 +225,7 @@ class LogLimit:
         ends = [math.inf]
         for kind, (end, count) in list(self._seconds.items()):
             if end <= now:
-                del self._seconds[kind]
-                if count > LOG_LINES:
+                if self._seconds.pop(kind, None) and count > LOG_LINES:  # None: another thread tells it
                     _note(logging.WARNING, "%s: %d more in this second", kind, count - LOG_LINES)
             elif count > LOG_LINES:
                 ends.append(end)
@@ -2272,12 +2271,12 @@ class Handler(socketserver.BaseRequestHandler, Exchange):
     """Answers one datagram: the Exchange with a peer on a server's socket."""
 
     server: ServerMixIn  # pyright: ignore[reportIncompatibleVariableOverride]
-    request: Any  # (data, socket, source, sender), see get_request
+    request: Any  # (data, socket, source, credentials, …), see get_request
 
     @property
     def peer(self) -> Peer:
         """Who sent the request; made when somebody asks, as few do."""
-        return self.server.make_peer(self.request, self.client_address)
+        return Peer(self.client_address, self.request[3])
 
     def handle(self) -> None:
         server = self.server
@@ -2307,54 +2306,29 @@ Socket = socket.socket  # by another name, as in the servers `socket` is an attr
 SO_PASSCRED = getattr(socket, "SO_PASSCRED", 16 if sys.platform == "linux" and hasattr(socket, "CMSG_LEN") else 0)
 O_PATH = getattr(os, "O_PATH", 0o10000000 if sys.platform == "linux" else 0)
 IP_PKTINFO, IPV6_RECVPKTINFO, IPV6_PKTINFO = 8, 49, 50  # Linux; the socket module lacks some
-SCM_RIGHTS = 1  # everywhere
 SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
 ANCILLARY = socket.CMSG_LEN(struct.calcsize(CREDENTIALS)) if SO_PASSCRED else 0  # no room for foreign descriptors
 
-_servers: weakref.WeakSet[ServerMixIn] = weakref.WeakSet()  # those of this process
-
-
-def _abandon_servers() -> None:
-    """Take all servers from a process that was just forked: they are the parent's."""
-    for server in list(_servers):
-        server.abandon()
-
-
+_servers: weakref.WeakSet[ServerMixIn] = weakref.WeakSet()  # those of this process: a fork has none of them
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_servers)
-
-
-@contextlib.contextmanager
-def _naming(socket_name: str) -> typing.Iterator[None]:
-    """Convert an OSError to one that names the socket."""
-    try:
-        yield
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        named = SocketError(f"socket_name {socket_name!a}: {reason}")
-        named.errno = getattr(error, "errno", None)
-        raise named from None
+    os.register_at_fork(after_in_child=lambda: list(map(ServerMixIn.abandon, _servers)))
 
 
 class Poller:
     """Waits until a socket has a datagram, or until wake() was called: from then on it does not wait any more."""
 
     def __init__(self, sock: socket.socket) -> None:
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        self._reading = open(reading, "rb", buffering=0)  # noqa: SIM115
-        self._writing = open(writing, "wb", buffering=0)  # noqa: SIM115 # a number may be another's once closed
+        self._reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._poll.register(self._reading, select.POLLIN)
-
-    def poll(self) -> None:
-        self._poll.poll()
+        self.poll = self._poll.poll
 
     def wake(self) -> None:
         """Takes no lock, so a signal handler may call it."""
-        with contextlib.suppress(OSError, ValueError):
-            self._writing.write(b".")
+        with contextlib.suppress(OSError):
+            self._writing.send(b".")
 
     def close(self) -> None:
         self._reading.close()
@@ -2368,57 +2342,10 @@ class _Buffer(threading.local):
         self.view = memoryview(bytearray(size))
 
 
-class _AsyncContext:
-    """Have `async with` serve an Interface whose `async def` commands run on the present event loop."""
-
-    service: Service
-    start: Any
-    stop: Any
-
-    async def __aenter__(self: _A) -> _A:
-        import asyncio
-
-        self.service.loop = asyncio.get_running_loop()
-        self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Stop, without blocking the loop; a task that is cancelled meanwhile ends when that is done."""
-        import asyncio
-
-        loop, stopped, cancelled = asyncio.get_running_loop(), asyncio.Event(), None
-
-        def stop() -> None:
-            self.stop()
-            loop.call_soon_threadsafe(stopped.set)
-
-        threading.Thread(target=stop, name="mi_datagram stop", daemon=True).start()
-        while not stopped.is_set():
-            try:
-                await stopped.wait()
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
-
-    def _is_on_loop(self) -> bool:
-        """Whether this is the thread of the loop where the commands run."""
-        loop = self.service.loop or self.service.interface.loop
-        if loop is not None:
-            import asyncio
-
-            with contextlib.suppress(RuntimeError):
-                return asyncio.get_running_loop() is loop
-        return False
-
-
-_A = typing.TypeVar("_A", bound=_AsyncContext)
-
-
 class _Threads(socketserver.BaseServer):
-    """The threads of a server, and what they do with a datagram."""
+    """What the threads of a server do with a datagram, by the hooks that socketserver has for subclasses."""
 
-    service: Service
+    interface: Interface
     current: Handler | None = None  # the one that the leader is in
     _threads: LeaderFollowers | None = None  # while it serves
 
@@ -2444,13 +2371,6 @@ class _Threads(socketserver.BaseServer):
         if self.current is not None and self.current.step is not None:
             self.current.step.slow = True
 
-    def _record_failure(self, kind: str, error: Exception) -> None:
-        self.service.interface.count(kind)
-        if self.service.interface.log_limit.allows(kind):
-            _note(logging.ERROR, "%s: %a", kind, str(error))
-        if kind == "receive_errors":
-            time.sleep(TICK)  # whatever it is, it may last
-
     def _handle(self, item: Any) -> None:
         try:
             if self.verify_request(*item):
@@ -2464,19 +2384,24 @@ class _Threads(socketserver.BaseServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Count and log what the handler raised."""
-        self.service.interface.count("handler_errors")
-        if self.service.interface.log_limit.allows("handler_errors"):
-            _note(logging.ERROR, "a request was not handled", error=sys.exc_info()[1])
+        self._record("handler_errors", sys.exc_info()[1])
+
+    def _record(self, kind: str, error: BaseException | None) -> None:
+        """Count and log an error that is no request's own."""
+        self.interface.count(kind)
+        if self.interface.log_limit.allows(kind):
+            _note(logging.ERROR, "%s: %a", kind, error, error=error)
+        if kind == "receive_errors":
+            time.sleep(TICK)  # whatever it is, it may last
 
 
-class ServerMixIn(_AsyncContext, _Threads):
-    """What UnixServer and UDPServer share: their life, and the hooks that socketserver has for subclasses.
+class ServerMixIn(_Threads):
+    """What UnixServer and UDPServer share: their life.
 
     The thread in serve_forever is the watcher of a LeaderFollowers; it and the workers are `max_threads` at most.
     """
 
     socket: Socket
-    drain = DRAIN  # datagrams that are still answered at the end
     _watcher = 0  # the ident of the thread that watches
     _is_over = False  # whether it is to be closed when it has stopped
 
@@ -2499,49 +2424,44 @@ class ServerMixIn(_AsyncContext, _Threads):
         self.parameters = values = check_parameters(parameters)
         if values["children_count"] > 1:
             raise _wrong("children_count", values["children_count"], "only python -m mi_datagram has children")
-        self.service = Service(
-            interface,
-            values["socket_buf_size"],
-            values["reply_indent"],
-            values["reply_indent"] if values["pretty_printing"] else None,
-            authorize,
-            silent=isinstance(name, tuple),  # a UDP peer, which may be forged, gets no reply where it is refused
-            open_replies=OpenReplies(self._wake_watcher),
-        )
+        limit, indent, is_udp = values["socket_buf_size"], values["reply_indent"], isinstance(name, tuple)
+        json_indent = indent if values["pretty_printing"] else None
+        deadlines = OpenReplies(self._wake_watcher)
+        # A UDP peer may be forged, so a refused one gets no reply.
+        self.service = Service(interface, limit, indent, json_indent, authorize, is_udp, open_replies=deadlines)
+        self.interface = interface
+        self.drain = 0 if listening else DRAIN  # datagrams that are still answered at the end, if not by a successor
         self.drain_time: float = max(values["socket_timeout"], SOCKET_TIMEOUT) / 1000  # s that stopping waits
-        self.buffer = _Buffer(self.service.limit + 1)  # one byte more shows that a request is too long
-        self.outbox = self._outbox_class(interface, values["socket_timeout"], values["max_threads"], self._run_slow)
+        self.buffer = _Buffer(limit + 1)  # one byte more shows that a request is too long
+        outbox = Outbox if is_udp else UnixOutbox
+        self.outbox = outbox(interface, values["socket_timeout"], values["max_threads"], self._run_slow)
         self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
         self._ended = threading.Condition()
-        with _naming(os.fspath(socket_name)):
+        try:
             super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
-        if listening is not None:
-            self.socket.close()
-            self.socket, self.server_address = listening, listening.getsockname()
-            self.drain = 0  # its queue is the successor's
-        self._prepare()
+        except OSError as error:
+            named = SocketError(f"socket_name {os.fspath(socket_name)!a}: {error.strerror or error}")
+            named.errno = error.errno
+            raise named from None
+        self._prepare(listening)
 
     @property
-    def interface(self) -> Interface:
-        """The Interface that is served."""
-        return self.service.interface
-
-    # ---- what the two kinds do in their ways
-
-    _outbox_class: type[Outbox] = Outbox
+    def socket_name(self) -> str:
+        """The name that a client gives; over UDP with the port that was found for port 0."""
+        address: Any = self.server_address
+        return _udp_name(address) if isinstance(address, tuple) else os.fsdecode(address)
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         """Check that NAME is one for this class and return the address to bind."""
         raise NotImplementedError
 
-    def _prepare(self) -> None:
+    def _prepare(self, listening: Socket | None) -> None:
         """Set what the socket has, bound here or passed in."""
+        if listening is not None:
+            self.socket.close()
+            self.socket, self.server_address = listening, listening.getsockname()
         self.outbox.prepare(self.socket)
         _servers.add(self)
-
-    def make_peer(self, request: Any, client_address: Any) -> Peer:
-        """Return who sent a request."""
-        return Peer(client_address)
 
     def keep_open(self, request: Any, is_open: bool = True) -> None:
         """Learn that the reply to a request comes later, or that there is none after all."""
@@ -2549,12 +2469,10 @@ class ServerMixIn(_AsyncContext, _Threads):
     def remove_file(self) -> None:
         """Remove the socket file, if there is one and it is still ours; takes no lock."""
 
-    # ---- life
-
-    def start(self: _S) -> _S:
+    def start(self) -> Self:
         """Serve in the background; return once serving."""
         if not self._begin():
-            raise Error("this server serves already" if self._threads else "this server is closed")
+            raise Error("this server is closed")
         try:
             threading.Thread(target=self._serve, name="mi_datagram", daemon=True).start()
         except RuntimeError:
@@ -2563,23 +2481,22 @@ class ServerMixIn(_AsyncContext, _Threads):
         return self
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown() or stop(); wait for that if it is served in the background already.
-
-        A subclass's service_actions is called every POLL_INTERVAL seconds.
-        """
+        """Serve until shutdown() or stop(); a subclass's service_actions is called every POLL_INTERVAL seconds."""
         if self._begin():
             self._serve(poll_interval)
-        else:
-            with self._ended:
-                self._ended.wait_for(lambda: self._threads is None)
 
     def _begin(self) -> bool:
-        """Have a thread receive; return False if this server serves already, or is closed."""
+        """Have a thread receive; return False if this server is closed."""
         if self.service.is_forked:
             raise Error("this server is another process's: make one after the fork")
-        _refuse_gevent()
+        monkey = sys.modules.get("gevent.monkey")
+        # gunicorn's worker will patch: later than post_fork, which starts servers.
+        if "gunicorn.workers.ggevent" in sys.modules or (monkey and monkey.is_module_patched("threading")):
+            raise Error("gevent replaces threading (monkey.patch_all): a server needs real threads")
         with self._ended:
-            if self._threads is not None or self.socket.fileno() < 0:
+            if self._threads is not None:
+                raise Error("this server serves already")
+            if self.socket.fileno() < 0:
                 return False
             self._poller = Poller(self.socket)
             work = Work(
@@ -2590,7 +2507,7 @@ class ServerMixIn(_AsyncContext, _Threads):
                 is_urgent=lambda item: is_urgent(self.interface, item[0][0]),
                 size=lambda item: len(item[0][0]),
                 stalled=self._mark_slow,
-                failed=self._record_failure,
+                failed=self._record,
             )
             self._threads = LeaderFollowers(work, self.parameters["max_threads"] - 1)
             if self._threads.start():
@@ -2601,28 +2518,25 @@ class ServerMixIn(_AsyncContext, _Threads):
     def _serve(self, poll_interval: float = 0.5) -> None:
         threads: Any = self._threads
         self._watcher = get_ident()
-        acts = type(self).service_actions is not socketserver.BaseServer.service_actions
-
-        def act() -> float:
-            if acts:
-                self.service_actions()
-            return min(self._see_to_deadlines(), poll_interval if acts else math.inf)
-
+        has_actions = type(self).service_actions is not socketserver.BaseServer.service_actions
         try:
+            act = functools.partial(self._act, poll_interval if has_actions else math.inf)
             threads.watch(act, threads.is_ending)
         finally:
             self._drain()
 
-    def _see_to_deadlines(self) -> float:
-        """Drop late replies, and tell what the log left out; return in how many s there is more to do."""
+    def _act(self, poll_interval: float = math.inf) -> float:
+        """Do what is due beside requests; return in how many s there is more to do."""
+        if poll_interval < math.inf:
+            self.service_actions()
         now = time.monotonic()
-        return min(self.service.open_replies.drop_late(now), self.interface.log_limit.tell()) - now
+        return min(self.service.open_replies.drop_late(now) - now, self.interface.log_limit.tell() - now, poll_interval)
 
     def _drain(self) -> None:
         """Let what runs finish and reply, for drain_time; drop the rest."""
-        threads: Any = self._threads
         if self.service.is_forked:
             return
+        threads: Any = self._threads
         deadline = time.monotonic() + self.drain_time
 
         def is_over() -> bool:
@@ -2630,26 +2544,36 @@ class ServerMixIn(_AsyncContext, _Threads):
 
         try:
             threads.shutdown(self.drain if self._is_over else 0)
-            threads.watch(self._see_to_deadlines, is_over)
+            threads.watch(self._act, is_over)
         finally:  # after a second Ctrl-C too
             threads.end()
             self.service.open_replies.drop_late(math.inf)
             self.interface.log_limit.tell(at_once=True)
             with self._ended:
                 self._poller.close()
-                self._threads, self._watcher = None, 0
                 if self._is_over:
                     self.socket.close()
+                self._threads, self._watcher = None, 0
                 self._ended.notify_all()
 
     def shutdown(self) -> None:
         """End serve_forever and wait for it; in a thread of this server, or on the loop of its commands, only ask."""
         threads = self._threads
-        if threads is not None and not self.service.is_forked:
+        if threads is not None:
             threads.shutdown(self.drain if self._is_over else 0)
             if not (threads.is_worker() or get_ident() == self._watcher or self._is_on_loop()):
                 with self._ended:
                     self._ended.wait_for(lambda: self._threads is not threads)
+
+    def _is_on_loop(self) -> bool:
+        """Whether this is the thread of the loop where the commands run."""
+        loop = self.service.loop or self.interface.loop
+        if loop is not None:
+            import asyncio
+
+            with contextlib.suppress(RuntimeError):
+                return asyncio.get_running_loop() is loop
+        return False
 
     def stop(self, wait: bool = True) -> None:
         """Take no more requests, let running commands reply, remove the socket file and close.
@@ -2661,23 +2585,34 @@ class ServerMixIn(_AsyncContext, _Threads):
             return
         self._is_over = True
         self.remove_file()  # first: newcomers are told at once, and while the socket lives no other file has its inode
-        if self._threads is None:
-            self.service.open_replies.drop_late(math.inf)
+        threads = self._threads
+        if threads is None:
             self.socket.close()
         elif wait:
             self.shutdown()
         else:
-            self._threads.request_shutdown(self.drain)
+            threads.request_shutdown(self.drain)
 
     def server_close(self) -> None:
         """Remove the socket file if it is still ours, and close; the same as stop()."""
         self.stop()
 
-    def __enter__(self: _S) -> _S:
+    def __enter__(self) -> Self:
+        return self.start()  # BaseServer's __exit__ calls server_close()
+
+    async def __aenter__(self) -> Self:
+        import asyncio
+
+        self.service.loop = asyncio.get_running_loop()
         return self.start()
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    async def __aexit__(self, *_: object) -> None:
+        """Stop, without blocking the loop."""
+        import asyncio
+
+        self.stop()  # which only asks on this loop
+        while self._threads is not None:
+            await asyncio.sleep(TICK)
 
     def fork(self) -> int:
         """Fork a child that has this server in its turn, as `children_count` does; call it before it serves."""
@@ -2693,17 +2628,8 @@ class ServerMixIn(_AsyncContext, _Threads):
         if self._threads is not None:
             self._threads.abandon()
             self._poller.close()
+            self._threads = None
         self.socket.close()
-
-
-_S = typing.TypeVar("_S", bound=ServerMixIn)
-
-
-def _refuse_gevent() -> None:
-    """Raise Error where gevent has replaced the threads that a server needs."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("threading"):
-        raise Error("gevent has replaced threading (monkey.patch_all): a server needs real threads")
 
 
 class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
@@ -2725,39 +2651,37 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
                 raise _wrong(unix, self.parameters[unix], "only a UNIX socket has one")
         return address
 
-    def _prepare(self) -> None:
-        super()._prepare()
+    def _prepare(self, listening: Socket | None) -> None:
+        super()._prepare(listening)
         self.reply_to = self._reply_to
         self._running: dict[Any, Any] = {}  # by (digest, address) of each datagram that runs, whose it is
         host = str(self.server_address[0])
-        if sys.platform == "linux" and host == "0.0.0.0":
-            self.socket.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
-            self._source_size = socket.CMSG_SPACE(12)
-        elif sys.platform == "linux" and host == "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
-            self._source_size = socket.CMSG_SPACE(20)
+        wildcards = {"0.0.0.0": (socket.IPPROTO_IP, IP_PKTINFO), "::": (socket.IPPROTO_IPV6, IPV6_RECVPKTINFO)}
+        if sys.platform == "linux" and host in wildcards:
+            self.socket.setsockopt(*wildcards[host], 1)
+            self._source_size = socket.CMSG_SPACE(20)  # of the longer one
         if self.service.authorize is None and not (host == "::1" or host.startswith("127.")):
             _note(logging.WARNING, "%s is open to everybody who reaches it: there is no authorize", self.socket_name)
 
-    @property
-    def socket_name(self) -> str:
-        """The name that a client gives; with the port that was found for port 0."""
-        return _udp_name(self.server_address)
-
     def get_request(self) -> Any:
-        """Take a datagram without waiting: (data, socket, source of the reply, (digest, address)), address."""
-        view, source = self.buffer.view, ()
+        """Take a datagram without waiting: (data, socket, source of the reply, None, (digest, address)), address."""
+        view = self.buffer.view
+        source: Any = ()
         if self._source_size:
             size, ancillary, _, address = self.socket.recvmsg_into([view], self._source_size, MSG_DONTWAIT)
-            source = _reply_source(ancillary)
+            for level, kind, value in ancillary:
+                if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):  # struct in_pktinfo: interface, our address, …
+                    source = [(level, kind, bytes(4) + value[4:8] + bytes(4))]
+                elif (level, kind) == (socket.IPPROTO_IPV6, IPV6_PKTINFO):  # struct in6_pktinfo: address, interface
+                    source = [(level, kind, value if value[0] == 0xFE else value[:16] + bytes(4))]  # FE80: link-local
         else:
             size, address = self.socket.recvfrom_into(view, 0, MSG_DONTWAIT)
         data = view[:size].tobytes()
-        return (data, self.socket, source, (hash(data), address)), address
+        return (data, self.socket, source, None, (hash(data), address)), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Handle the request in the thread that received it, unless it is a retransmission."""
-        key = request[3]
+        key = request[4]
         if self._running.setdefault(key, key) is not key:
             self.interface.count("retransmissions")
             return
@@ -2769,74 +2693,47 @@ class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
 
     def keep_open(self, request: Any, is_open: bool = True) -> None:
         if is_open:
-            self._running[request[3]] = PENDING
+            self._running[request[4]] = PENDING
         else:
-            self._running.pop(request[3], None)
+            self._running.pop(request[4], None)
 
     def _reply_to(self, handler: Handler, reply: bytes) -> None:
-        self._running.pop(handler.request[3], None)  # before it is sent: then the client may ask the same again
+        self._running.pop(handler.request[4], None)  # before it is sent: then the client may ask the same again
         self.outbox.send(handler, reply)
-
-
-def _reply_source(ancillary: Any) -> Any:
-    """Return the ancillary data that have a reply leave from the address that was asked."""
-    for level, kind, value in ancillary:
-        if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):  # struct in_pktinfo: interface, our address, the asked one
-            return [(level, kind, bytes(4) + value[4:8] + bytes(4))]
-        if (level, kind) == (socket.IPPROTO_IPV6, IPV6_PKTINFO):  # struct in6_pktinfo: the asked address, interface
-            is_link_local = value[0] == 0xFE and value[1] & 0xC0 == 0x80
-            return [(level, kind, value if is_link_local else value[:16] + bytes(4))]
-    return ()
 
 
 def _udp_address(name: tuple[str, int]) -> tuple[int, Any]:
     """Resolve (host, port) to a family and an address, IPv4 first, as the original does."""
-    with _naming(_udp_name(name)):
+    try:
         found = socket.getaddrinfo(*name, type=socket.SOCK_DGRAM)
+    except UnicodeError as error:
+        raise OSError(errno.EINVAL, str(error)) from None
     family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     return family, address
-
-
-def _unix_family(name: str) -> int:
-    """Return AF_UNIX for the socket NAME; raise SocketError where there is none."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise SocketError(f"socket_name {name!a}: this system has no UNIX sockets")
-    return socket.AF_UNIX
 
 
 if TYPE_CHECKING or hasattr(socketserver, "ThreadingUnixDatagramServer"):
     _UnixBase = socketserver.ThreadingUnixDatagramServer
 else:
-    _UnixBase = socketserver.ThreadingUDPServer  # to be importable; _resolve refuses
+    _UnixBase = socketserver.ThreadingUDPServer  # to be importable; __init__ refuses
 
 
 class UnixServer(ServerMixIn, _UnixBase):
     """Serves an Interface on a UNIX datagram socket, `/path` or `./path`."""
 
-    _outbox_class = UnixOutbox
     _file: tuple[str, os.stat_result] | None = None  # the path and status of the socket file that we made
     _remover: Any = None  # of that file, once: the next one may have the same inode
 
     def _resolve(self, name: str | tuple[str, int]) -> Any:
         if not isinstance(name, str):
             raise _wrong("socket_name", _udp_name(name), "/path or ./path is allowed here")
-        _unix_family(name)
-        return os.path.abspath(name) if len(os.fsencode(os.path.abspath(name))) <= UNIX_PATH else name
-
-    @property
-    def socket_name(self) -> str:
-        """The path of the socket."""
-        return os.fsdecode(self.server_address)  # type: ignore[arg-type]
+        path = os.path.abspath(name)
+        return path if len(os.fsencode(path)) <= UNIX_PATH else name
 
     def server_bind(self) -> None:
-        """Bind with the mode and owner asked for, at no moment with more.
-
-        The folder is locked from the look at the path to the bind, so that of two servers
-        that start together one sees the other.
-        """
-        path = self.socket_name
-        values = self.parameters
-        with _locked_folder(path):
+        """Bind with the mode and owner asked for, at no moment with more."""
+        path, values = self.socket_name, self.parameters
+        with _locked_folder(path):  # so that of two servers that start together one sees the other
             _clear_path(path)
             os.fchmod(self.socket.fileno(), values["unix_socket_mode"] & 0o600)
             self.socket.bind(path)
@@ -2848,20 +2745,16 @@ class UnixServer(ServerMixIn, _UnixBase):
         except OSError as error:
             raise OSError(error.errno, f"owner or mode cannot be set: {error.strerror}") from None
 
-    def _prepare(self) -> None:
-        super()._prepare()
+    def _prepare(self, listening: Socket | None) -> None:
+        super()._prepare(listening)
         if SO_PASSCRED:
             self.socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
 
     def remove_file(self) -> None:
-        remover = self._remover
-        known = remover.peek() if remover is not None else None
-        if remover is not None and known is not None:
+        known = self._remover and self._remover.peek()
+        if known:
             _remove_file(*known[2])
-            remover.detach()  # not before, as another thread may end the process meanwhile
-
-    def make_peer(self, request: Any, client_address: Any) -> Peer:
-        return Peer(client_address, request[3])
+            self._remover.detach()  # not before, as another thread may end the process meanwhile
 
     def get_request(self) -> Any:
         """Take a datagram without waiting: (data, socket, (), struct ucred of the peer), address."""
@@ -2870,9 +2763,6 @@ class UnixServer(ServerMixIn, _UnixBase):
         for _, kind, value in ancillary:
             if kind == SCM_CREDENTIALS:
                 credentials = value
-            elif kind == SCM_RIGHTS:  # which has no room there; should it get in all the same
-                for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
-                    os.close(descriptor)
         return (view[:size].tobytes(), sock, (), credentials), address
 
 
@@ -2882,20 +2772,19 @@ for _kind in (UDPServer, UnixServer):
 
 def _set_owner_and_mode(path: str, ours: os.stat_result, values: Mapping[str, Any]) -> None:
     """Set them on the socket file that is ours, not on what somebody put in its place."""
-    owner = [values["unix_socket_user"], values["unix_socket_group"]]
+    owner = [-1 if values[name] is None else values[name] for name in ("unix_socket_user", "unix_socket_group")]
     if not (O_PATH and os.path.exists("/proc/self/fd")):  # in a chroot it need not be there
-        if owner != [None, None]:
+        if owner != [-1, -1]:  # which stands for: as it is
             raise OSError(errno.ENOTSUP, "this needs O_PATH and /proc")
         os.chmod(path, values["unix_socket_mode"])
         return
-    descriptor = os.open(path, O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(path, O_PATH | os.O_NOFOLLOW)
     try:
         status = os.fstat(descriptor)
         if not (os.path.samestat(status, ours) and stat.S_ISSOCK(status.st_mode)):
             raise OSError(errno.EEXIST, "somebody else put another file there")
-        file = f"/proc/self/fd/{descriptor}"
-        os.chown(file, *[-1 if one is None else one for one in owner])  # -1: as it is
-        os.chmod(file, values["unix_socket_mode"])
+        os.chown(f"/proc/self/fd/{descriptor}", *owner)
+        os.chmod(f"/proc/self/fd/{descriptor}", values["unix_socket_mode"])
     finally:
         os.close(descriptor)
 
@@ -2905,13 +2794,11 @@ def _locked_folder(path: str) -> typing.Iterator[None]:
     """Lock the folder of PATH for a moment; go on without after a second: anybody may lock /tmp."""
     import fcntl
 
-    folder = os.path.dirname(path) or "."
+    folder = os.path.dirname(path)
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.EACCES:
-            raise OSError(error.errno, f"folder {folder}: {error.strerror}") from None
-        yield  # a folder that we may write but not read
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # a folder that we may write but not read
+        yield
         return
     try:
         for _ in range(200):
@@ -2943,7 +2830,7 @@ def _clear_path(path: str) -> None:
 def _remove_file(path: str, ours: os.stat_result, pid: int) -> None:
     """Remove the socket file if it is still OURS, and that of process PID."""
     with contextlib.suppress(OSError):
-        if pid == os.getpid() and os.path.samestat(os.lstat(path), ours):
+        if pid == os.getpid() and stat.S_ISSOCK(ours.st_mode) and os.path.samestat(os.lstat(path), ours):
             os.unlink(path)
 
 
@@ -3048,7 +2935,9 @@ class Client:
         self.close()
         self._pid = os.getpid()
         if isinstance(self._address, str):
-            self._socket = socket.socket(_unix_family(self._address), socket.SOCK_DGRAM)
+            if not hasattr(socket, "AF_UNIX"):
+                raise SocketError(f"socket_name {self._address!a}: this system has no UNIX sockets")
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             if SO_PASSCRED:
                 self._socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
             self._bind(self._socket)
