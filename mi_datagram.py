@@ -2306,6 +2306,7 @@ Socket = socket.socket  # by another name, as in the servers `socket` is an attr
 SO_PASSCRED = getattr(socket, "SO_PASSCRED", 16 if sys.platform == "linux" and hasattr(socket, "CMSG_LEN") else 0)
 O_PATH = getattr(os, "O_PATH", 0o10000000 if sys.platform == "linux" else 0)
 IP_PKTINFO, IPV6_RECVPKTINFO, IPV6_PKTINFO = 8, 49, 50  # Linux; the socket module lacks some
+SCM_RIGHTS = 1  # everywhere
 SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
 ANCILLARY = socket.CMSG_LEN(struct.calcsize(CREDENTIALS)) if SO_PASSCRED else 0  # no room for foreign descriptors
 
@@ -2472,7 +2473,7 @@ class ServerMixIn(_Threads):
     def start(self) -> Self:
         """Serve in the background; return once serving."""
         if not self._begin():
-            raise Error("this server is closed")
+            raise Error("this server serves already" if self._threads else "this server is closed")
         try:
             threading.Thread(target=self._serve, name="mi_datagram", daemon=True).start()
         except RuntimeError:
@@ -2481,12 +2482,18 @@ class ServerMixIn(_Threads):
         return self
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until shutdown() or stop(); a subclass's service_actions is called every POLL_INTERVAL seconds."""
+        """Serve until shutdown() or stop(); wait for that if it is served in the background already.
+
+        A subclass's service_actions is called every POLL_INTERVAL seconds.
+        """
         if self._begin():
             self._serve(poll_interval)
+        else:
+            with self._ended:
+                self._ended.wait_for(lambda: self._threads is None)
 
     def _begin(self) -> bool:
-        """Have a thread receive; return False if this server is closed."""
+        """Have a thread receive; return False if this server serves already, or is closed."""
         if self.service.is_forked:
             raise Error("this server is another process's: make one after the fork")
         monkey = sys.modules.get("gevent.monkey")
@@ -2494,9 +2501,7 @@ class ServerMixIn(_Threads):
         if "gunicorn.workers.ggevent" in sys.modules or (monkey and monkey.is_module_patched("threading")):
             raise Error("gevent replaces threading (monkey.patch_all): a server needs real threads")
         with self._ended:
-            if self._threads is not None:
-                raise Error("this server serves already")
-            if self.socket.fileno() < 0:
+            if self._threads is not None or self.socket.fileno() < 0:
                 return False
             self._poller = Poller(self.socket)
             work = Work(
@@ -2763,6 +2768,9 @@ class UnixServer(ServerMixIn, _UnixBase):
         for _, kind, value in ancillary:
             if kind == SCM_CREDENTIALS:
                 credentials = value
+            elif kind == SCM_RIGHTS:  # which has no room there; should it get in all the same
+                for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
+                    os.close(descriptor)
         return (view[:size].tobytes(), sock, (), credentials), address
 
 

@@ -2439,7 +2439,10 @@ def test_fork(folder):
 
 
 def test_serve_forever_and_shutdown(name):
-    """shutdown() ends serve_forever() and leaves the socket, on which it can begin again; server_close() ends it."""
+    """shutdown() ends serve_forever() and leaves the socket, on which it can begin again; server_close() ends it.
+
+    Where the server serves in the background serve_forever() waits for the end.
+    """
     server = interface().server(name)
     server.shutdown()  # not serving yet: returns
     with client_socket(server) as sock:
@@ -2452,11 +2455,13 @@ def test_serve_forever_and_shutdown(name):
             thread.join(DEADLINE)
             assert not thread.is_alive()
     server.start()
-    for start_again in (server.start, server.serve_forever):
-        with pytest.raises(mi_datagram.Error, match="serves already"):
-            start_again()
-    assert ask(server, b":nothing:\n") == b"200 OK\n"
+    with pytest.raises(mi_datagram.Error, match="serves already"):
+        server.start()
+    waiting = in_thread(server.serve_forever)
+    assert ask(server, b":nothing:\n") == b"200 OK\n" and waiting.is_alive()
     server.server_close()
+    waiting.join(DEADLINE)
+    assert not waiting.is_alive()
     assert server.socket.fileno() == -1 and not os.path.exists(name)
     server.serve_forever()  # returns
     with pytest.raises(mi_datagram.Error, match="closed"):
