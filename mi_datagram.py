@@ -349,19 +349,19 @@ _ARGUMENT = re.compile(r'([^"\n]*)(?:("[^"]*(?:(?<=\\)"[^"]*)*)("?)([^\n]*))?(?:
 def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
     """Read the (name, value) pairs behind the first line of COMMAND."""
     arguments = []
-    pieces = _ARGUMENT.findall(text) if '"' in text else [(line, "", "", "") for line in text.split("\n")]
+    has_quotes = '"' in text
+    pieces: list[Any] = _ARGUMENT.findall(text) if has_quotes else text.split("\n")
     for piece in pieces:
-        before, quoted, closing, behind = piece
-        name, value = "", before
-        if "::" in before:
-            name, _, value = before.partition("::")
-            name = name.strip(WHITE)
-        value = value.strip(WHITE)
+        before, quoted, closing, behind = piece if has_quotes else (piece, "", "", "")
+        name, mark, value = before.partition("::")
+        if not mark:
+            name, value = "", before
+        name, value = name.strip(WHITE), value.strip(WHITE)
         if not quoted and (name or value):
             arguments.append((name, value))
         elif closing and not value and not behind.strip(WHITE):
             arguments.append((name, quoted[1:].replace('\\"', '"')))
-        elif quoted or "::" in before:
+        elif quoted or mark:
             reason, right = "neither name nor value", ""
             if quoted:
                 reason, right = "quote inside a value" if value else "quote not closed", before
@@ -3119,6 +3119,19 @@ LOG_BATCH, LOG_PAUSE = 100, 0.01  # lines written at once; s of pause after fewe
 LOG_DEADLINE = 1.0  # s that the end waits for lines not written yet
 
 
+class LogFormatter(logging.Formatter):
+    """Writes out the time of each second once, as that is a third of what a line costs."""
+
+    _second = (-1, "")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        second, text = self._second
+        if second != int(record.created):
+            second, text = int(record.created), super().formatTime(record, "%Y-%m-%d %H:%M:%S")
+            self._second = second, text
+        return f"{text},{int(record.msecs):03}"
+
+
 class LogWriter(logging.Handler):
     """Writes the log from a thread of its own, so that a stderr that is slow, or that nobody reads, delays nobody.
 
@@ -3127,7 +3140,7 @@ class LogWriter(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.take_over()
 
     def take_over(self) -> None:

@@ -3851,6 +3851,14 @@ def test_log_of_the_command_line(folder, options):
     assert ("404 No such zone" in log) is bool(options)
 
 
+def test_times_in_the_log():
+    """They are those that logging writes, to the ms, also from one second to the next and back."""
+    ours, theirs = mi_datagram.LogFormatter("%(asctime)s"), logging.Formatter("%(asctime)s")
+    for created in (0.0, 0.5, 0.9996, 1.25, 0.004, 1e9):
+        record = logging.makeLogRecord({"created": created, "msecs": created % 1 * 1000})
+        assert ours.format(record) == theirs.format(record)
+
+
 # ---- load
 
 
