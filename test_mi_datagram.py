@@ -3618,6 +3618,12 @@ def post(path, request):
     return sock
 
 
+def kill(pid, number=signal.SIGKILL):
+    """Kill a child, and wait until it is gone: what it takes meanwhile is lost."""
+    os.kill(pid, number)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
 def processes(path, count=3):
     """List what `ps` says: the PIDs of the parent and its children, once there are COUNT."""
     def pids():
@@ -4348,8 +4354,7 @@ def test_children_act_as_one(folder):
             values(path, "reset_statistics", "mi_datagram:requests")
         assert in_each("get_statistics", "mi_datagram:requests") == ["1", "2", "3"]
         wait_until(lambda: in_each("debug") == 3 * ["3"])
-        os.kill(children[0], signal.SIGKILL)
-        wait_until(lambda: children[0] not in processes(path, 4))
+        kill(children[0])
         _, *children = processes(path, 4)
         assert in_each("debug") == 3 * ["3"]
         assert in_each("get_statistics", "mi_datagram:requests")[0] != "1"
@@ -4362,8 +4367,8 @@ def test_killed_child_is_replaced(folder):
         _, *children = processes(folder / "s")
         for _ in range(3):
             each_serves(folder / "s", children)
-            os.kill(children[1], signal.SIGKILL)
             begin = time.monotonic()
+            kill(children[1])
             assert processes(folder / "s", 2)[1] == children[0]
             _, *children = processes(folder / "s")
             pauses.append(time.monotonic() - begin)
@@ -4383,7 +4388,7 @@ os.fork = fork
 """
     with ops_process(folder, "--children_count", 2, load=hook) as server:
         killed = int(values(folder / "s", "who")[0])  # one that dies before it has served would end the server
-        os.kill(killed, signal.SIGKILL)
+        kill(killed)
         wait_until(lambda: "cannot be started: Resource temporarily" in "".join(server.log))
         assert values(folder / "s", "who")
         wait_until(lambda: killed not in processes(folder / "s"))
@@ -4450,8 +4455,8 @@ def test_child_that_fails_after_it_served_is_replaced(folder):
     hook = "def fail(self, number=0):\n    assert not number\nmi_datagram.Supervisor.take_level = fail\n"
     with ops_process(folder, "--children_count", 2, load=hook, fails=True) as server:
         first = processes(folder / "s")[1]
-        os.kill(first, signal.SIGHUP)
-        wait_until(lambda: first not in processes(folder / "s"))
+        kill(first, signal.SIGHUP)
+        assert first not in processes(folder / "s")
         server.terminate()
         assert server.wait(DEADLINE) == 0
 
