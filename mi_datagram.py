@@ -3781,9 +3781,10 @@ def main(arguments: list[str]) -> int:
         print_error(str(error))
         return 2
     except OSError as error:  # of stdout: a full disk, or `| head -1`, which is to be told nothing
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
         if not isinstance(error, BrokenPipeError):
             print_error(str(error))
+        with contextlib.suppress(OSError):  # there may be no descriptor left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in its buffer
         return 4 if command else 2
     except KeyboardInterrupt:
         return 130
