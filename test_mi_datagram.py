@@ -44,7 +44,7 @@ def run_tox(arguments):
             *_, reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             print(f"no environment for tox could be made in {home}: {reason}", file=sys.stderr)
             return 2
-    arguments = arguments or ["run-parallel", "--parallel", "3", "--parallel-no-spinner"]
+    arguments = arguments or ["run-parallel", "--parallel", "2", "--parallel-no-spinner"]
     return subprocess.run([python, "-m", "tox", *arguments], cwd=HERE, env=environment, check=False).returncode
 
 
