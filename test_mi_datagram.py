@@ -3058,8 +3058,8 @@ def test_log_is_not_flooded(name, caplog, monkeypatch):
     monkeypatch.setattr(mi_datagram.log, "handlers", [handler])
     with serving(mi, name, authorize=lambda peer, command: command != "no") as server, client_socket(server) as sock:
         for second in (1, 2):
-            for _ in range(150):
-                send(server, sock, b":none:\n", b":no:\n")
+            for number in range(150):  # an equal request that still runs would be a retransmission
+                send(server, sock, b":none:\n", b":no:\n%d\n" % number)
                 receive(sock, 2 if "/" in name else 1)
             wait_until(lambda: count(mi, "unknown_commands") == count(mi, "forbidden") == 150 * second)  # noqa: B023
             now[0] += 1
