@@ -659,8 +659,9 @@ def _read_annotations(function: Any, parameters: list[inspect.Parameter]) -> dic
             annotation = parameter.annotation
             if isinstance(annotation, str):  # where | has no meaning on Python 3.9
                 options = annotation.strip("'\"").replace("|", ",")
-                annotation = eval(f"Union[{options}]", scope, {"Union": typing.Union})
-            known[parameter.name] = _CONVERTED[annotation]
+                annotation = f"Union[{options}]"
+            holder = type("_", (), {"__annotations__": {"it": annotation}})  # it reads what is in Optional["int"] too
+            known[parameter.name] = _CONVERTED[typing.get_type_hints(holder, scope, {"Union": typing.Union})["it"]]
     return known
 
 

@@ -424,7 +424,8 @@ CONVERSIONS = [  # annotation, what is sent, a text in both dialects and anythin
     *[("bool", sent, BAD) for sent in ("x", "2", "", 2, 0.5, None, [])],
     *[("str", sent, str(sent)) for sent in ("5", "", "a b", 5, 1.5, -7)],
     *[("str", sent, BAD) for sent in (True, None, [], {})],
-    *[(kind, sent, got) for kind in ("Optional[int]", "typing.Union[int, None]", "int | None", "None|int", "'int | None'")
+    *[(kind, sent, got) for kind in ("Optional[int]", "typing.Union[int, None]", "int | None", "None|int", "'int | None'",
+     "Optional['int']", "typing.Annotated[Optional[int], 'ms']")
      for sent, got in (("5", 5), (5, 5), (5.0, 5), ("", None), (None, None), ("x", BAD), (True, BAD), ([], BAD))],
     *[("Optional[str]", sent, got) for sent, got in (("", ""), ("5", "5"), (5, "5"), (None, None), (True, BAD))],
     ("Optional[bool]", "", None), ("Optional[bool]", "x", BAD), ("float | None", "x", BAD),
