@@ -930,13 +930,12 @@ class Call:
 
     def defer(self, timeout: float) -> Deferred:
         """Return the Deferred of this call; TIMEOUT is in ms, and the last one counts."""
-        deferred = self.deferred or Deferred(self)
-        deferred.deadline = time.monotonic() + timeout / 1000
-        self.exchange.service.open_replies.add(deferred)
         if self.deferred is None:
-            self.deferred = deferred
-            self.exchange.keep_open()
-        return deferred
+            self.deferred = Deferred(self)
+            self.exchange.keep_open()  # first, as what is added may be dropped at once
+        self.deferred.deadline = time.monotonic() + timeout / 1000
+        self.exchange.service.open_replies.add(self.deferred)
+        return self.deferred
 
     def _decide(self, outcome: Any, request: Request | None) -> Any:
         """Return OUTCOME if that is the answer, or PENDING where the Deferred answers, or did."""
@@ -1169,14 +1168,20 @@ class Exchange:
             return JsonCall(self).format(self.record_error(error, ""))
         if document.__class__ is not list:
             answer: bytes | None = JsonCall(self, document).answer(document)
-            return None if answer is PENDING else answer
+            return None if answer is PENDING else self._tell(answer)
         calls = [JsonCall(self, call) for call in document]
         self.batch = dict.fromkeys(calls, PENDING)
         for call, sent in zip(calls, document):
             answer = call.answer(sent)
             if answer is not PENDING and self._is_last(call, answer):
-                return self._join()
+                return self._tell(self._join())
         return None
+
+    def _tell(self, answer: bytes | None) -> bytes | None:
+        """Return what comes now and not later; if that is no answer, a command may have deferred it all the same."""
+        if answer is None:
+            self.send(None)
+        return answer
 
     def _parse_json(self, data: bytes) -> Any:
         """Return the call, or the list of 1 to BATCH calls."""
@@ -1986,6 +1991,7 @@ class LeaderFollowers:
         """End now: no worker takes another item."""
         with self._lock:
             self._end_lead()
+            self._left = -1  # so the reserve that waits for room does not go on with its item
             self._backlog.clear()
 
     def abandon(self) -> None:
@@ -2107,6 +2113,8 @@ class LeaderFollowers:
             size = self.work.size(item)
             while self._leader == get_ident() and (len(self._backlog) >= BACKLOG or size > self._room):
                 self._state_changed.wait()
+            if self._left < 0:
+                return False
             if not self._is_crowded():  # any more
                 return True
             self._backlog.append(item)  # nobody follows, so there is nobody to be told
@@ -2323,7 +2331,8 @@ class Poller:
         self._reading, self._writing = socket.socketpair()
         self._writing.setblocking(False)
         self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+        with contextlib.suppress(ValueError):  # it was closed meanwhile
+            self._poll.register(sock, select.POLLIN)
         self._poll.register(self._reading, select.POLLIN)
         self.poll = self._poll.poll
 
@@ -2516,9 +2525,11 @@ class ServerMixIn(_Threads):
                 failed=self._record,
             )
             self._threads = LeaderFollowers(work, self.parameters["max_threads"] - 1)
-            if self._threads.start():
+            if not self._is_over and self._threads.start():
                 return True
         self._drain()
+        if self._is_over:  # stop() came meanwhile, and has closed the socket if it saw no threads
+            return False
         raise Error("no thread could be started")
 
     def _serve(self, poll_interval: float = 0.5) -> None:
@@ -2557,9 +2568,9 @@ class ServerMixIn(_Threads):
             self.interface.log_limit.tell(at_once=True)
             with self._ended:
                 self._poller.close()
-                if self._is_over:
-                    self.socket.close()
                 self._threads, self._watcher = None, 0
+                if self._is_over:  # or else stop(), which sets it, finds no threads
+                    self.socket.close()
                 self._ended.notify_all()
 
     def shutdown(self) -> None:
@@ -2609,7 +2620,8 @@ class ServerMixIn(_Threads):
     async def __aenter__(self) -> Self:
         import asyncio
 
-        self.service.loop = asyncio.get_running_loop()
+        if self._threads is None:  # or else it is refused, and another loop has the commands
+            self.service.loop = asyncio.get_running_loop()
         return self.start()
 
     async def __aexit__(self, *_: object) -> None:
@@ -2617,7 +2629,7 @@ class ServerMixIn(_Threads):
         import asyncio
 
         self.stop()  # which only asks on this loop
-        while self._threads is not None:
+        while self.socket.fileno() >= 0:
             await asyncio.sleep(TICK)
 
     def fork(self) -> int:
@@ -3106,9 +3118,9 @@ def wait_for_termination(server: UnixServer | UDPServer, signals: Signals, on_ot
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"READY=1", "\0" + name[1:] if name.startswith("@") else name)
     is_told = signals.wait(on_other)
+    server.remove_file()  # newcomers are told at once, and a burst of signals leaves no file
     for number in TERMINATION_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    server.remove_file()  # newcomers are told at once
     return is_told
 
 
@@ -3262,9 +3274,11 @@ class Supervisor:
         self.supervise()
         is_told = wait_for_termination(self.server, self.signals, self.supervise)
         self.kill(signal.SIGTERM)
-        signal.setitimer(signal.ITIMER_REAL, self.server.drain_time + LOG_DEADLINE + 0.5)
-        while self.running:
-            if next(self.signals.numbers) == signal.SIGALRM:  # they had their time
+        patience = self.server.drain_time + LOG_DEADLINE + 0.5
+        deadline = time.monotonic() + patience
+        signal.setitimer(signal.ITIMER_REAL, patience, 0.1)
+        while self.running:  # an earlier SIGALRM is of supervise()
+            if next(self.signals.numbers) == signal.SIGALRM and time.monotonic() >= deadline:  # they had their time
                 self.kill(signal.SIGKILL)
             self.reap()
         self.server.stop()

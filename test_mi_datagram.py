@@ -1781,10 +1781,11 @@ def test_leader_is_no_reserve_while_another_follows():
         wait_until(lambda: made.ran == ["held", "held", "next"])
 
 
-def test_end_leaves_what_waits():
-    """After end() no worker takes another item, of the backlog neither."""
-    with MadeUp(max_workers=2) as made:
-        made.put(made.held, made.item("waits"))
+@pytest.mark.parametrize("many", [1, 2])
+def test_end_leaves_what_waits(many):
+    """After end() no worker handles another item: none of the backlog, nor the one that waits for room there."""
+    with MadeUp(max_workers=2, size=lambda item: mi_datagram.BACKLOG_BYTES) as made:
+        made.put(made.held, *[made.item("waits")] * many)
         wait_until(lambda: made.ran and not made.queue)
         made.turns.end()
     assert made.ran == ["held"]
@@ -2773,6 +2774,25 @@ def test_repeated_request_runs_once(request_, command):
             wait_until(lambda: send(server, sock, request_ % (command, which)) or len(runs) > before)  # noqa: B023
 
 
+@pytest.mark.parametrize("request_", [NOTIFICATION, b"[%b]" % NOTIFICATION])
+def test_notification_deferred_in_vain(request_):
+    """Over UDP a notification may come again also where its command deferred the reply, and then failed."""
+    mi, ran = interface(), []
+    mi.command(lambda request, which: ran.append(request.defer()) or 1 // 0, name="fail", pass_request=True)
+    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
+        for number in range(3):
+            wait_until(lambda: send(server, sock, request_ % (b"fail", 1)) or len(ran) > number)  # noqa: B023
+
+
+def test_request_dropped_while_it_is_deferred():
+    """Over UDP a request may come again also where its Deferred is dropped as soon as it is open."""
+    mi, deferred = later()
+    with serving(mi, "udp:127.0.0.1:0") as server, client_socket(server) as sock:
+        server.service.open_replies._on_change = lambda: server.service.open_replies.drop_late(math.inf)
+        for number in range(3):
+            wait_until(lambda: send(server, sock, b":later:\n") or len(deferred) > number)  # noqa: B023
+
+
 def test_equal_requests_on_a_unix_socket_all_run(folder):
     """Nothing is lost or repeated on a UNIX socket, so equal requests are requests of their own."""
     mi, runs, go = blocking()
@@ -3170,6 +3190,54 @@ server.stop()
 """
     done = program(code, folder / "s")
     assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0) and not contents(folder)
+
+
+@pytest.mark.parametrize("moment", ["Poller", "LeaderFollowers"])
+def test_stop_while_it_starts(name, moment, monkeypatch):
+    """stop(wait=False) in a signal handler ends a server also where that only begins to serve."""
+    made = getattr(mi_datagram, moment)
+    monkeypatch.setattr(mi_datagram, moment, lambda *arguments: server.stop(wait=False) or made(*arguments))
+    server = interface().server(name)
+    serving_ = in_thread(server.serve_forever)
+    serving_.join(DEADLINE)
+    assert not serving_.is_alive() and server.socket.fileno() < 0
+    server = interface().server(name)
+    with pytest.raises(mi_datagram.Error, match="closed"):
+        server.start()
+
+
+def test_stop_at_the_end_of_a_shutdown(name):
+    """stop() closes also where it comes while shutdown(), which leaves the socket open, is nearly over."""
+    def set_(self, attribute, value):
+        if (attribute, value) == ("_threads", None):
+            self.stop(wait=False)
+        object.__setattr__(self, attribute, value)
+
+    server = derived(name, __setattr__=set_).start()
+    server.shutdown()
+    assert server.socket.fileno() < 0
+
+
+def test_async_with_refused_on_a_second_loop(name):
+    """`async with` of a server that serves on another loop is refused, and that one keeps its commands."""
+    mi = interface()
+
+    @mi.command
+    async def greet():
+        return "hi"
+
+    async def main(then):
+        async with server:
+            await asyncio.get_running_loop().run_in_executor(None, then)
+
+    def refused_then_asked():
+        with pytest.raises(mi_datagram.Error, match="serves already"):
+            asyncio.run(main(None))
+        with Client(server.socket_name) as client:
+            assert client.call("greet").nodes == [Node(None, "hi")]
+
+    server = mi.server(name)
+    asyncio.run(main(refused_then_asked))
 
 
 # ---------------------------------------------------------------------- client ----
@@ -4179,13 +4247,28 @@ def test_stopping(folder, how, children):
             wait_until(lambda: not path.exists())
             assert server.poll() is None  # it waits for the command
             if "twice" in how:
-                end(server, how, path)
-                assert server.wait(DEADLINE) < 0
+                wait_until(lambda: server.poll() is not None or end(server, how, path))
+                assert server.returncode < 0
             else:
                 held.unlink()
                 assert sock.recv(100) == b"200 OK\nreleased\n"
                 assert server.wait(DEADLINE) == 0
         assert notices.recv(100) == b"READY=1" and is_empty(notices)
+
+
+@pytest.mark.parametrize("children", [1, 3])
+def test_told_again_before_the_file_is_gone(folder, children):
+    """A burst of SIGTERM leaves no socket file."""
+    load = """
+def remove_file(self, remove=mi_datagram.UnixServer.remove_file):
+    os.kill(os.getpid(), signal.SIGTERM)
+    remove(self)
+
+mi_datagram.UnixServer.remove_file = remove_file
+"""
+    with ops_process(folder, "--children_count", children, load=load) as server:
+        server.terminate()
+        server.wait(DEADLINE)
 
 
 @pytest.mark.parametrize("children", [1, 3])
@@ -4433,6 +4516,19 @@ def test_halted_child(folder):
         os.kill(child, signal.SIGSTOP)
         server.terminate()
         assert server.wait(DEADLINE) == 0
+
+
+def test_alarm_beside_sigterm(folder):
+    """The alarm that was set for a child to be replaced does not cut short the time that the others have to end."""
+    path, held = folder / "s", folder / "held"
+    with ops_process(folder, "--children_count", 2) as server, post(path, b":hold:\nheld\n") as sock:
+        wait_until(held.exists)
+        for number in (signal.SIGSTOP, signal.SIGALRM, signal.SIGTERM, signal.SIGCONT):
+            server.send_signal(number)
+        wait_until(lambda: not path.exists())
+        pause(0.05)
+        held.unlink()
+        assert sock.recv(100) == b"200 OK\nreleased\n" and server.wait(DEADLINE) == 0
 
 
 def test_sigterm_under_load(folder):
