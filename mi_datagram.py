@@ -380,7 +380,7 @@ def format_request(command: str, /, *values: object, **named: object) -> bytes:
 
 def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> bytes:
     if not command or ":" in command or "\n" in command or not _has_bytes(command):
-        raise RequestError(f"command {command!a} cannot be written")
+        raise RequestError(f"command {command!a} cannot be written in the line dialect")
     lines = [f":{command}:\n"]
     for name, value in arguments:
         if name != name.strip(WHITE) or name.endswith(":") or any([mark in name for mark in ("::", '"', "\n")]):
@@ -3154,6 +3154,7 @@ class LogWriter(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        ascii("")  # PyPy imports a codec for it: now, as beside a thread that imports no command could fork
         self.take_over()
 
     def take_over(self) -> None:
