@@ -3133,7 +3133,7 @@ def test_all_threads_are_held(name):
         sock, other, operator, crowd = [stack.enter_context(client_socket(server)) for _ in range(4)]
         send(server, sock, *[b":block:\n%d\n" % number for number in range(50)])
         wait_until(lambda: len(runs) > 4)
-        operator.settimeout(1)
+        operator.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, TIMEVAL.pack(1, 0))
         for _ in range(3):
             for request in (b":uptime:\n", b":threads:\n", b":get_statistics:\nall\n"):
                 assert ask(server, request, operator).startswith(b"200 OK\n")
