@@ -105,6 +105,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it
 # ------------------------------------------------------------------ helpers ----
 
 
+# A watcher with this TICK replaces nobody while a test waits, and still ends a server that was told to stop just before it waited.
+LONG_TICK = 1.5 * DEADLINE
+
+
 def wait_until(condition, deadline=DEADLINE):
     """Wait until CONDITION() is true, and give its value; fail if it never is."""
     end = time.monotonic() + deadline
@@ -2590,7 +2594,7 @@ def test_slow_until_quick_again(name):
             go.clear()
             with pytest.MonkeyPatch.context() as patch:
                 if number > 1:
-                    patch.setattr(mi_datagram, "TICK", 3600)  # so nobody notices
+                    patch.setattr(mi_datagram, "TICK", LONG_TICK)  # so nobody notices
                 send(server, sock, b":block:\n")
                 wait_until(lambda: len(runs) == number and mi.commands["block"].slow)  # noqa: B023
                 assert ask(server, b":nothing:\n") == b"200 OK\n" and is_empty(sock)
@@ -2686,7 +2690,7 @@ def test_silent_clients_leave_a_thread(folder):
 @pytest.mark.parametrize("timeout", [0, 50, FOREVER])
 def test_socket_timeout(folder, timeout, caplog, monkeypatch):
     """One reply waits for a silent client, for socket_timeout; its others are dropped at once, and all is logged."""
-    monkeypatch.setattr(mi_datagram, "TICK", 3600)  # so nobody notices that a thread waits: it hands over before
+    monkeypatch.setattr(mi_datagram, "TICK", LONG_TICK)  # so nobody notices that a thread waits: it hands over before
     waits = timeout == FOREVER
     with serving(interface(), folder / "s", socket_timeout=timeout) as server, client_socket(server) as sock:
         for turn in (1, 2):
@@ -3116,7 +3120,7 @@ def test_reply_that_is_too_long_for_the_system(folder, request_, refusal):
 
 def test_stop_answers_what_is_queued(name, monkeypatch):
     """Requests that the kernel had taken when stop() is called are answered."""
-    monkeypatch.setattr(mi_datagram, "TICK", 3600)  # so they stay in the queue while the first one runs
+    monkeypatch.setattr(mi_datagram, "TICK", LONG_TICK)  # so they stay in the queue while the first one runs
     with holding(name) as (server, sock, go):
         send(server, sock, *[b":echo:\n%d\n" % number for number in range(1, QUEUE)])
         stopping = in_thread(server.stop)
