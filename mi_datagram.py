@@ -303,9 +303,10 @@ class Request:
         """Answer later: the command returns what this returns; whoever holds it replies, in `timeout` ms or never."""
         if not 0 <= timeout < math.inf:
             raise ParameterError(f"timeout {timeout!a}: a finite number of ms is allowed")
-        if self._call is None:
+        call = self._call  # which the command's end takes away, maybe now
+        if call is None:
             raise Error("nobody waits for an answer to this request")
-        return self._call.defer(timeout)
+        return call.defer(timeout)
 
 
 def _udp_name(address: Any) -> str:
@@ -2362,7 +2363,8 @@ class _Threads(socketserver.BaseServer):
 
     def yield_lead(self) -> bool:
         """Have another thread receive while this one waits; return False if there is none."""
-        return self._threads is None or self._threads.yield_lead()
+        threads = self._threads  # read once, here and below: another thread may change it
+        return threads is None or threads.yield_lead()
 
     def _run_slow(self, function: Callable[..., object], *arguments: Any) -> bool:
         """Run what may wait, on a worker; return False if nobody would receive then."""
@@ -2375,12 +2377,14 @@ class _Threads(socketserver.BaseServer):
         return True
 
     def _wake_watcher(self) -> None:
-        if self._threads is not None:
-            self._threads.wake_watcher()
+        threads = self._threads
+        if threads is not None:
+            threads.wake_watcher()
 
     def _mark_slow(self) -> None:
-        if self.current is not None and self.current.step is not None:
-            self.current.step.slow = True
+        step = getattr(self.current, "step", None)
+        if step is not None:
+            step.slow = True
 
     def _handle(self, item: Any) -> None:
         try:
