@@ -16,10 +16,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def run_tox(arguments):
-    """Run tox with these arguments, from an environment of its own that the first run makes; return its exit status.
-
-    That is made beside this file or, where the folder cannot be written, in the user's cache.
-    """
+    """Run tox from an environment that the first run makes here or, where that cannot be written, in the user's cache."""
     import importlib.util
     import shutil
     import venv
@@ -233,36 +230,25 @@ def main(monkeypatch, capfd):
 
 @contextlib.contextmanager
 def process(*arguments, command=MI, env=(), **options):
-    """Run COMMAND with ARGUMENTS until the block ends; give its Popen, once it listens.
+    """Run COMMAND with ARGUMENTS until the block ends; give its Popen, once it listens, with stderr's lines as `log`."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, **dict(env)}, **options}
+    with subprocess.Popen([*command, *map(str, arguments)], text=True, **options) as popen:
+        popen.log = []
 
-    Its stderr is collected in `popen.log`, a list of lines.
-    """
-    popen = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **dict(env)}, **options,
-    )
-    popen.log = []
+        def read():
+            for line in popen.stderr:
+                popen.log.append(line)
 
-    def read():
-        for line in popen.stderr:
-            popen.log.append(line)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        wait_until(lambda: any("listening on" in line for line in popen.log) or not reader.is_alive())
-        yield popen
-    finally:
-        if popen.poll() is None:
+        reader = in_thread(read)
+        try:
+            wait_until(lambda: any("listening on" in line for line in popen.log) or not reader.is_alive())
+            yield popen
+        finally:
             popen.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 popen.wait(DEADLINE)
-            except subprocess.TimeoutExpired:
-                popen.kill()
-                popen.wait()
-        reader.join(DEADLINE)
-        popen.stdout.close()
-        popen.stderr.close()
+            popen.kill()
+            reader.join(DEADLINE)
 
 
 def rpc(mi, method, params=(), answer=None):
@@ -538,15 +524,7 @@ for name in "AF_UNIX SO_PASSCRED MSG_DONTWAIT CMSG_LEN SCM_RIGHTS".split():
     vars(socket).pop(name, None)  # PyPy lacks some
 del os.fork, os.getuid, select.poll, signal.pthread_sigmask
 import mi_datagram
-mi = mi_datagram.Interface()
-assert mi.answer(b":pwd:\\n").startswith(b"200 OK\\nWD:: ")
-for name in ("/tmp/none.sock", "udp:127.0.0.1:0"):
-    try:
-        mi.server(name)
-    except ValueError as error:
-        assert "this system" in str(error)
-    else:
-        assert False
+assert mi_datagram.Interface().answer(b":pwd:\\n").startswith(b"200 OK\\nWD:: ")
 for arguments, status in (["-s", "./s"], 2), (["-s", "udp:127.0.0.1:0"], 2), (["call", "-s", "./s", "uptime"], 3):
     said = []
     mi_datagram.print_error = lambda text, prefix="": said.append(text)
@@ -561,26 +539,22 @@ def test_import(code):
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
-def test_the_protocol_knows_no_sockets():
-    """Nothing above the section of sending names `socket` or `socketserver`, turn-taking included."""
-    above, _, _ = MODULE.read_text("utf-8").partition(" sending ----")
-    names = {node.id for node in ast.walk(ast.parse(above)) if isinstance(node, ast.Name)}
-    assert "\nclass LeaderFollowers:" in above and not {"socket", "socketserver"} & names
-
-
 def test_the_house():
-    """No class has over 250 lines or 15 attributes, no function over 40 lines; half of them have 8 at most."""
-    tree = ast.parse(MODULE.read_text("utf-8"))
-    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    """Classes and functions keep their bounds, half the functions have 8 lines at most, and none above sending a socket."""
+    text = MODULE.read_text("utf-8")
+    nodes, above = [*ast.walk(ast.parse(text))], text[: text.index(" sending ----")]
+    sockets = [node.lineno for node in nodes if getattr(node, "id", "") in ("socket", "socketserver")]
+    assert "\nclass LeaderFollowers:" in above and min(sockets) > above.count("\n")
+    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     lengths = sorted([(node.end_lineno - node.lineno + 1, node.name) for node in functions])
     assert lengths[-1][0] <= 40 and lengths[len(lengths) // 2][0] <= 8, lengths[-1]
-    for node in [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]:
+    for node in [node for node in nodes if isinstance(node, ast.ClassDef)]:
         own = [getattr(target, "id", "") for line in node.body if isinstance(line, ast.Assign) for target in line.targets]
         own += [line.target.id for line in node.body if isinstance(line, ast.AnnAssign)]
         own += [one.attr for one in ast.walk(node) if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store)
                 and getattr(one.value, "id", "") == "self"]
         assert len({*own}) <= 15 and node.end_lineno - node.lineno < 250, node.name
-    assert max(map(len, MODULE.read_text("utf-8").splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_what_other_threads_take_away_is_read_once():
@@ -603,10 +577,12 @@ def test_requests_are_read_as_recorded_and_as_the_grammar_says():
     assert not any([mi.answer(reply) for reply in replies.values()])  # as they are somebody's answer
     pieces = (b"a", b":", b"::", b'"', b'\\"', b" ", b"\n", b"\r")
     bodies = [b"".join(body) for count in range(5) for body in itertools.product(pieces, repeat=count)]
-    bodies += [b"".join(rng.choices(pieces, k=rng.randrange(5, 14))) for _ in range(10_000)]
+    bodies += [b"".join(rng.choices(pieces, k=rng.randrange(5, 14))) for _ in range(4_000)]
     places = (b"?", b"a?b", b"?ab", b"ab?", b"n::a?b", b"?n::v", b'"?"', b'n::"?" ', b'"a"?')
     bodies += [place.replace(b"?", bytes([byte])) for byte in range(256) for place in places]
-    heads = [b"".join(head) for head in itertools.product((b":", b"echo", b"\n", b" ", b"\r", b"\0", b"x"), repeat=5)]
+    parts, right = (b":", b"echo", b"\n", b" ", b"\r", b"\0", b"x"), (b":", b"echo", b":", b"\n")
+    heads = [b"".join(head) for head in itertools.product(parts, repeat=4)]
+    heads += [b"".join([*right[:place], part, *right[place:]]) for place in range(5) for part in parts]
     heads += [b":ECHO:\n", b"::echo:\n", ":échø:\n".encode(), b":\xe9cho:\n", b"\xef\xbb\xbf:echo:\n", b":" + b"x" * 99]
     for request in [*heads, *[b":echo:\n" + body for body in bodies]]:
         replies[request] = reference_reader(request)
@@ -634,21 +610,18 @@ def random_text(rng, alphabet):
 def test_requests_come_back_from_their_bytes():
     """What the grammar can carry comes back from parse_request(format_request(...)), and nothing else is written."""
     rng, refused, needs_quotes = random.Random(1), 0, r"(?s)[ \t\n\v\f\r].*|.*[ \t\n\v\f\r]|.*[\n\"].*"
-    for _ in range(10_000):
+    for _ in range(4_000):
         command, *texts = [random_text(rng, "ab:\\\"\n\r \t\x0b\0,'é\x85\udcff") for _ in range(5)]
         values, named = texts[: rng.randrange(3)], {name or "n": value for name, value in zip(texts[3:], texts[2:])}
         impossible = not re.fullmatch("[^:\n]+", command)  # or a value that ends its quotes, or a name that needs some
         impossible |= any(re.fullmatch(needs_quotes, value) and value.endswith("\\") for value in [*values, *named.values()])
         impossible |= any(re.fullmatch(needs_quotes, name) or re.search(r"::|:\Z", name) for name in named)
-        try:
-            request = mi_datagram.parse_request(mi_datagram.format_request(command, *values, **named))
-        except mi_datagram.RequestError:
-            assert impossible, (command, values, named)
-            refused += 1
-        else:
-            assert not impossible and request.command == command
-            assert request.arguments == [("", value) for value in values] + list(named.items())
-    assert 1_000 < refused < 9_000
+        request, back = mi_datagram.Request(command, [*[("", value) for value in values], *named.items()]), None
+        with contextlib.suppress(mi_datagram.RequestError):
+            back = mi_datagram.parse_request(mi_datagram.format_request(command, *values, **named))
+        assert back == (None if impossible else request)
+        refused += impossible
+    assert 400 < refused < 3_600
 
 
 def test_replies_come_back_from_their_bytes():
@@ -662,15 +635,10 @@ def test_replies_come_back_from_their_bytes():
         count = rng.randrange(4) if depth < 4 else 0
         return [Node(rng.choice([text(), None]), text(), {}, tree(depth + 1)) for _ in range(count)]
 
-    def flat(nodes, depth=0):
-        return [line for n in nodes for line in [(depth, n.name, n.value), *flat(n.children, depth + 1)]]
-
-    for _ in range(2_000):
+    for _ in range(400):
         reply = Reply(rng.randrange(100, 1000), random_text(rng, "ab :é\udcff"), tree(0))
         data = mi_datagram.format_reply(reply, rng.choice(["\t", " ", "   ", "\t\t"]))
-        for ending in (b"", b"\n"):  # OpenSIPS closes with a blank line
-            back = mi_datagram.parse_reply(data + ending)
-            assert (back.code, back.reason, flat(back.nodes)) == (reply.code, reply.reason, flat(reply.nodes))
+        assert mi_datagram.parse_reply(data) == mi_datagram.parse_reply(data + b"\n") == reply  # as OpenSIPS closes it
 
 
 @pytest.mark.parametrize("part", ['"', '\\"', "::", " ", "\n", '""\n', '"\n', 'a::"\n"\n', "a\n", "[", '{"a":', '"",'])
@@ -685,8 +653,8 @@ def test_time_grows_with_the_size_alone(part):
                 read(head + data)
         return time.thread_time() - before
 
-    small, large = [min([cpu_time(size) for _ in "123"]) for size in (3_000, 24_000)]
-    assert large < 30 * max(small, 0.0002)
+    small = max(0.0002, min([cpu_time(3_000) for _ in "123"]))
+    assert any(cpu_time(24_000) < 30 * small for _ in "123")
 
 
 # ------------------------------------------------- the JSON-RPC 2.0 dialect ----
@@ -777,8 +745,8 @@ def taker(signature, prefix="", **options):
     return mi, names["got"]
 
 
-def test_what_a_command_returns_or_raises_becomes_the_reply(folder, caplog):
-    """A result is lines, each node one, and data in JSON; of a failure peers hear that, the log has the traceback."""
+def test_what_a_command_returns_or_raises_becomes_the_reply(folder, monkeypatch, caplog):
+    """A result is lines, each node one, and data in JSON; of a failure peers hear that, the log has what can be had."""
     mi, rows = interface(), [(result, "200 OK\n" + line, data) for result, line, data in TREES] + FAILURES
 
     @mi.command
@@ -788,6 +756,9 @@ def test_what_a_command_returns_or_raises_becomes_the_reply(folder, caplog):
             raise result
         return result() if callable(result) else result
 
+    with monkeypatch.context() as patch:  # no descriptor is left, so no traceback can be made
+        patch.setattr("traceback.format_exception", lambda *_: os.open("/no/such/file", os.O_RDONLY))
+        assert mi.answer(b":give:\n%d" % len(TREES)) == FAILED[0].encode() and "| ValueError: secret" in caplog.text
     with serving(mi, folder / "s") as server, client_socket(server) as sock:
         for number, (result, line, data) in enumerate(rows):
             assert ask(server, b":give:\n%d" % number, sock).decode("utf-8", "surrogateescape") == line, result
@@ -798,60 +769,55 @@ def test_what_a_command_returns_or_raises_becomes_the_reply(folder, caplog):
 @pytest.mark.parametrize("first", ["", "request, "])
 def test_arguments_bind_as_in_a_python_call(first):
     """Values bind by position and by name in both dialects, and what does not match is refused and not run."""
-    for signature, number, named in itertools.product(SIGNATURES, range(4), GIVEN):
-        (mi, calls), values = taker(first + signature, pass_request=bool(first)), ["x", "y", "z"][:number]
-        named, (plain, expected) = {name: f"of {name}" for name in named}, taker(signature)
-        if not (first and "request" in named and "/" not in signature):  # no peer can name that one
-            with contextlib.suppress(TypeError):
-                plain.commands["take"].function(*values, **named)
-        replies = [mi.answer(mi_datagram.format_request("take", *values, **named)) for _ in "12"]
-        assert replies == [b"200 OK\n" if expected else b"400 Too few or too many arguments\n"] * 2
-        if not (values and named):
-            reason = "Named parameters do not match" if named else "Too few or too many parameters"
-            assert rpc(mi, "take", named or values) == ("OK" if expected else error(*BAD_PARAMS, reason))
-        got = [{name: value for name, value in call.items() if name != first[:-2]} for call in calls]
-        assert got == expected * len(calls) and bool(calls) == bool(expected), (signature, values, named)
+    for signature in SIGNATURES:
+        (mi, calls), (plain, expected) = taker(first + signature, pass_request=bool(first)), taker(signature)
+        for values, names in itertools.product(("", "x", "xy", "xyz"), GIVEN):
+            named = {name: f"of {name}" for name in names}
+            calls.clear(), expected.clear()
+            if not (first and "request" in named and "/" not in signature):  # no peer can name that one
+                with contextlib.suppress(TypeError):
+                    plain.commands["take"].function(*values, **named)
+            replies = [mi.answer(mi_datagram.format_request("take", *values, **named)) for _ in "12"]
+            assert replies == [b"200 OK\n" if expected else b"400 Too few or too many arguments\n"] * 2
+            if not (values and named):
+                reason = "Named parameters do not match" if named else "Too few or too many parameters"
+                assert rpc(mi, "take", named or [*values]) == ("OK" if expected else error(*BAD_PARAMS, reason))
+            got = [{name: value for name, value in call.items() if name != first[:-2]} for call in calls]
+            assert got == expected * len(calls) and bool(calls) == bool(expected), (signature, values, named)
 
 
 @pytest.mark.parametrize("prefix", ["", "from __future__ import annotations"])
 def test_annotations_convert(prefix):
     """int, float, bool, str and Optional of them convert a text, and JSON data that stands for one; others pass all."""
+    cached_taker = functools.lru_cache(maxsize=None)(taker)
     for annotation, sent, got in CONVERSIONS:
-        if not prefix and ("Unknown" in annotation or (sys.version_info < (3, 10) and "|" in annotation)):
+        since = (3, 14) if "Unknown" in annotation else (3, 10) if "|" in annotation else ()
+        if not prefix and sys.version_info < since:
             continue  # Python cannot evaluate it
-        mi, calls = taker(f"a: {annotation}, b: int = 0", prefix)
+        mi, calls = cached_taker(f"a: {annotation}, b: int", prefix)
+        calls.clear()
         expected = [error(*BAD_PARAMS, "Bad type for parameter 'a'") if got is BAD else "OK"] * 2
-        replies = [rpc(mi, "take", params) for params in ([sent], {"a": sent})]
+        replies = [rpc(mi, "take", params) for params in ([sent, "7"], {"a": sent, "b": 7.0})]
         if isinstance(sent, str):
-            requests = mi_datagram.format_request("take", sent), mi_datagram.format_request("take", a=sent)
+            requests = mi_datagram.format_request("take", sent, 7), mi_datagram.format_request("take", a=sent, b=7)
             replies += map(mi.answer, requests)
             expected += [b"400 Bad parameter\n" if got is BAD else b"200 OK\n"] * 2
-        assert replies == expected and repr(calls) == repr([{"a": got, "b": 0}] * len(calls)), (annotation, sent)
+        assert replies == expected and repr(calls) == repr([{"a": got, "b": 7}] * len(calls)), (annotation, sent)
         assert len(calls) == (0 if got is BAD else len(replies))
 
 
 def test_annotations_of_odd_parameters():
     """An annotation that is a text is read at registration; a name is for one value; those of stars hold for each."""
-    names, mi = {"got": [], "Kind": int}, interface(core=[])
-    exec("def take(a: 'Kind'): got.append(a)", names)
-    for name, function in ("take", names["take"]), ("part", functools.partial(names["take"])):
-        mi.command(function, name=name)
-    names["Kind"], names["take"].__annotations__["a"] = bool, "bool"
-    assert mi.answer(b":take:\n5\n") == mi.answer(b":part:\n5\n") == b"200 OK\n" and names["got"] == [5, 5]
+    mi, calls = taker("a: 'Kind'", "Kind = int")
+    take = mi.commands["take"].function
+    mi.command(functools.partial(take), name="part")
+    take.__globals__["Kind"], take.__annotations__["a"] = bool, "bool"
+    assert mi.answer(b":take:\n5\n") == mi.answer(b":part:\n5\n") == b"200 OK\n" and calls == [{"a": 5}] * 2
     mi, calls = taker("a: str = 'd', /, *b: int, k: int = 0, **c: bool")
     for arguments in ("k::1\nk::2", "v\nx", "x::7", "v\na::7"):
         assert mi.answer(f":take:\n{arguments}\n".encode())[:3] == b"400"
     assert mi.answer(b":take:\nx::no\nx::yes\nv\n1\n2\n") == mi.answer(b":take:\na::no\nk::3\n") == b"200 OK\n"
     assert calls == [{"a": "v", "b": (1, 2), "k": 0, "c": {"x": True}}, {"a": "d", "b": (), "k": 3, "c": {"a": False}}]
-
-
-@pytest.mark.skipif(sys.version_info < (3, 14), reason="the function cannot be defined then")
-def test_annotation_for_type_checkers_alone():
-    """A name that only type checkers know stands in no command's way, and the others convert."""
-    names, mi = {}, interface(core=[])
-    exec(compile("def take(a: int, b: Unknown = 0): return [a + 1, b]", "", "exec", dont_inherit=True), names)
-    mi.command(names["take"])
-    assert mi.answer(b":take:\n1\nx\n") == b"200 OK\n2\nx\n"
 
 
 def test_request_as_a_command_sees_it():
@@ -881,9 +847,9 @@ def test_registering_commands():
         assert rpc(mi, command, [[]]) == NOT_FOUND
 
 
-def test_groups_of_commands():
-    """`group:name` is called by its whole name in JSON, and by `name` in both dialects where no other has it."""
-    mi, other = Interface(core=["ps", "list_statistics", "help"]), Interface()
+def test_groups_of_commands_and_merged_interfaces():
+    """`group:name` is called in JSON, and `name` in both dialects where no other has it; what is merged is the program's own."""
+    mi, other = Interface(core=["ps", "pwd", "list_statistics", "help"]), Interface()
 
     def add(*names, to=mi, says=None):
         for name in names:
@@ -897,8 +863,12 @@ def test_groups_of_commands():
     assert called("flush") == ("a:flush", "a:flush") and rpc(mi, "a:flush") == "a:flush"
     assert called("list") == ("a:list", error(*ambiguous, "supported names: a:list, statistics:list"))  # in JSON alone
     assert rpc(mi, "which") == NOT_FOUND and rpc(mi, "ps") == rpc(mi, "core:ps") != rpc(mi, "a:ps") == "a:ps"
-    add("b:flush", to=other)
+    add("b:flush", "pwd", to=other)
+    other.counter("cache:hits").add(5)
     mi.include(other)
+    with pytest.raises(ValueError, match="command name"):
+        mi.include(other)
+    assert mi.statistics["cache:hits"]() == 5
     for says in ("b:flush", "new"):
         assert rpc(mi, "b:flush") == says and mi.answer(b":flush:\n") == b"500 command not available\n"
         assert rpc(mi, "flush") == rpc(mi, "help", ["flush"]) == error(*ambiguous, "supported names: a:flush, b:flush")
@@ -906,34 +876,10 @@ def test_groups_of_commands():
     add("flush", "core.psx", "list_statistics")
     assert called("flush") == ("flush", "flush") and rpc(mi, "core.psx") == "core.psx"
     assert rpc(mi, "statistics:list") == NOT_FOUND and rpc(mi, "list") == "a:list"  # the core's is replaced
-    mi.add_core(["which"])
-    here = ["core.psx", "flush", "help", "list", "list_statistics", "ps", "which"]
-    assert mi.answer(b":which:\n").decode().split("\n")[1:-1] == here
+    mi.add_core(["which", "pwd"])
+    here = ["core.psx", "flush", "help", "list", "list_statistics", "ps", "pwd", "which"]
+    assert called("pwd") == ("pwd", "pwd") and mi.answer(b":which:\n").decode().split("\n")[1:-1] == here
     assert rpc(mi, "which") == ["a:flush", "a:list", "a:ps", "b:flush", "core.psx", "core:help", "core:ps", "core:which", *here[1:]]
-
-
-def test_interfaces_are_merged():
-    """`include` adds commands and statistics of another, add_core what lacks; a program's own win over the core's."""
-    mi, other = interface(), Interface()
-    other.command(lambda: "ours", name="pwd", replace=True)
-    other.counter("cache:hits").add(5)
-    mi.include(other)
-    mi.add_core(["pwd", "arg"])
-    assert mi.answer(b":pwd:\n") == b"200 OK\nours\n" and mi.answer(b":echo:\nx\n") == b"200 OK\nx\n"
-    assert mi.answer(b":get_statistics:\nhits\nrequests\n") == b"200 OK\ncache:hits:: 5\nmi_datagram:requests:: 3\n"
-    assert mi.answer(b":arg:\n")[:3] == b"200"
-    with pytest.raises(ValueError, match="command name"):
-        mi.include(other)
-
-
-def test_failure_that_has_no_traceback_is_logged(monkeypatch, caplog):
-    """Where no traceback can be made, for want of a descriptor, the log still says what a command raised."""
-    mi = interface(core=[])
-    mi.command(lambda: 1 / 0, name="fails")
-    with monkeypatch.context() as patch:
-        patch.setattr("traceback.format_exception", lambda *_: os.open("/no/such/file", os.O_RDONLY))
-        assert mi.answer(b":fails:\n") == b"500 command failed\n"
-    assert "ZeroDivisionError: division by zero" in caplog.text
 
 
 # ----------------------------------------------------- deferred and async replies ----
@@ -4706,7 +4652,7 @@ def test_tox_cannot_be_had(folder):
 # The invariant, whatever comes in. Nothing leaves the module but its own errors. Each request gets one well-formed reply
 # in its own dialect: three digits, a reason and whole lines; or an answer, or an array of them, with the ids that were
 # sent, in their order. Nothing else is answered: an empty datagram, one that starts with a digit, a notification,
-# somebody's answer, and so no reply either. A log record cannot pass for two. No thread and no descriptor is left over.
+# somebody's answer, and so no reply either. A log record cannot pass for two. No thread, descriptor or memory is left over.
 
 FUZZ_SECONDS = float(os.environ.get("MI_FUZZ_SECONDS") or 1)  # for all kinds together
 FUZZ_SEED = int(os.environ.get("MI_FUZZ_SEED") or random.SystemRandom().randrange(1 << 32))
@@ -4747,7 +4693,8 @@ def fuzz_datagram(rng):
     arguments = [rng.choice(["", "a::", "command::"]) + fuzz_text(rng, *FUZZ_WORDS) for _ in range(rng.randrange(4))]
     line = "\n".join([f":{rng.choice(FUZZ_NAMES)}:", *arguments])
     batch = [fuzz_call(rng) for _ in range(rng.choice([0, 1, 2, 3, 3, 70]))]
-    text = fuzz_text(rng, line, line, json.dumps(fuzz_call(rng)), json.dumps(batch))
+    noise = rng.getrandbits(320).to_bytes(40, "big").decode("utf-8", "surrogateescape")
+    text = fuzz_text(rng, line, line, json.dumps(fuzz_call(rng)), json.dumps(batch), noise)
     return text.encode("utf-8", "surrogateescape")[:65_500]
 
 
@@ -4819,61 +4766,27 @@ def test_whatever_comes_in_the_invariant_holds(kind, folder, monkeypatch, caplog
         if not record.getMessage().replace("\n    | ", "").isprintable():
             forged.append(record)
 
-    monkeypatch.setattr(mi_datagram.log, "filters", [look])
-    monkeypatch.setattr(mi_datagram.audit, "filters", [look])
+    for logger in (mi_datagram.log, mi_datagram.audit):
+        monkeypatch.setattr(logger, "filters", [look])
     caplog.set_level(logging.DEBUG, "mi_datagram")
-    monkeypatch.setattr(mi_datagram, "Signals", object)
-    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    before, count_blocks = (threading.active_count(), len(os.listdir("/proc/self/fd"))), getattr(sys, "getallocatedblocks", int)
     with contextlib.ExitStack() as stack:
-        if kind in ("unix", "udp"):
+        if kind != "answer":
             server = stack.enter_context(serving(mi, folder / "s" if kind == "unix" else "udp:127.0.0.1:0"))
             sock = stack.enter_context(client_socket(server, connect=True))
-        end = time.monotonic() + FUZZ_SECONDS / 5
-        while time.monotonic() < end:
+        end = time.monotonic() + FUZZ_SECONDS / 3
+        while time.monotonic() < end or rounds < 100:
             try:
                 fuzz_requests(rng, mi, other, sock)
             except Exception as error:
                 raise AssertionError(f"MI_FUZZ_SEED={FUZZ_SEED}, {kind}, round {rounds}") from error
             rounds += 1
-    print(f"MI_FUZZ_SEED={FUZZ_SEED}: {kind}, {rounds} rounds")
+            if rounds == 50:  # most of what is kept once, as the lines of a traceback, is there; PyPy counts none
+                blocks = count_blocks()
+        blocks = count_blocks() - blocks
+    print(f"MI_FUZZ_SEED={FUZZ_SEED}: {kind}, {rounds} rounds, {blocks} blocks of memory more")
     wait_until(lambda: threading.active_count() <= before[0] and len(os.listdir("/proc/self/fd")) <= before[1])
-    assert not forged, f"MI_FUZZ_SEED={FUZZ_SEED}"
-
-
-@pytest.mark.fuzz
-@pytest.mark.parametrize("transport", ["unix", "udp"])
-def test_noise_leaves_nothing_behind(transport, folder):
-    """Random datagrams cost neither memory nor descriptors nor processes; the log is bounded; then the server is idle."""
-    rng, sent, states = random.Random(f"{FUZZ_SEED} noise {transport}"), 0, []
-
-    def state():
-        """Return the resident kB of the server, the number of its descriptors, and of its child processes."""
-        proc = Path(f"/proc/{server.pid}")
-        children = "".join([task.read_text() for task in proc.glob("task/*/children")]).split()
-        return resident(server.pid), len(os.listdir(proc / "fd")), len(children)
-
-    with process("-s", folder / "s" if transport == "unix" else "udp:127.0.0.1:0") as server:
-        address = re.search(r"listening on (\S+)", "".join(server.log))[1]
-        address = address if transport == "unix" else ("127.0.0.1", int(address.rpartition(":")[2]))
-        with client_socket(types.SimpleNamespace(server_address=address, address_family=socket.AF_INET), True) as sock:
-            started = time.monotonic()
-            while time.monotonic() < started + FUZZ_SECONDS / 5 or sent < 1000:
-                for _ in range(100):
-                    noise = rng.getrandbits(320).to_bytes(40, "big")[rng.randrange(40) :] * rng.choice([1, 1, 8])
-                    sock.send(rng.choice([b"", b":", b"{", b":help:\n"]) + noise)
-                sent += 100
-                sock.send(b":pwd:\n")
-                while not sock.recv(1 << 20).startswith(b"200 OK\nWD::"):
-                    pass
-                states += [state()] * (sent == 500)
-            seconds, cpu = time.monotonic() - started, cpu_ns(server.pid)
-            pause(0.5)
-            states.append(state())
-            idle = (cpu_ns(server.pid) - cpu) / 1e9
-        lines = [line for line in server.log if not line.startswith(" ")]
-    print(f"{transport}: {sent} datagrams, {states}, {len(lines)} log lines in {seconds:.0f} s, {idle:.3f} s CPU idle")
-    assert states[-1][0] - states[0][0] <= 8192 and states[-1][1:] == states[0][1:] and idle < 0.2
-    assert len(lines) <= 10 + 11 * 4 * (seconds + 2)
+    assert not forged and blocks < 20_000, f"MI_FUZZ_SEED={FUZZ_SEED}"
 
 
 # ------------------------------------------------------- clients of others ----
