@@ -95,26 +95,24 @@ from mi_datagram import Client, CommandError, Interface, Node, Reply
 MODULE = HERE / "mi_datagram.py"
 DEADLINE = 20  # s after which what a test waits for counts as not happening
 MI = (sys.executable, "-m", "mi_datagram")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # of each Python that is started here
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of them compiles the module anew, which takes longer than most tests
+# Each Python that is started here finds the module, and does not compile it anew, which takes longer than most tests.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, here and below
 
 # ------------------------------------------------------------------ helpers ----
 
-
-# A watcher with this TICK replaces nobody while a test waits, and still ends a server that was told to stop just before it waited.
+# A watcher with this TICK replaces nobody while a test waits, and still ends a server that was told to before it waited.
 LONG_TICK = 1.5 * DEADLINE
 
 
 def wait_until(condition, deadline=DEADLINE):
-    """Wait until CONDITION() is true, and give its value; fail if it never is."""
+    """Wait until CONDITION() is true, and return its value; fail if it never is."""
     end = time.monotonic() + deadline
-    while True:
-        value = condition()
-        if value:
-            return value
+    while not (value := condition()):
         assert time.monotonic() < end, f"never happened: {condition}"
         time.sleep(0.002)
+    return value
 
 
 def pause(seconds):
@@ -153,14 +151,9 @@ def name(request, folder):
     return str(folder / "s") if request.param == "unix" else "udp:127.0.0.1:0"
 
 
-@contextlib.contextmanager
 def serving(mi, socket_name, **parameters):
-    """Serve MI in the background; give the server."""
-    server = mi.server(str(socket_name), **parameters)
-    try:
-        yield server.start()
-    finally:
-        server.stop()
+    """Return a server of MI, which serves in the background in a `with` block."""
+    return mi.server(str(socket_name), **parameters)
 
 
 def set_deadline(sock):
@@ -172,12 +165,9 @@ def set_deadline(sock):
 
 def client_socket(server, connect=False, bind=True):
     """Make a plain socket for talking to SERVER, in no way helped by Client."""
-    if isinstance(server.server_address, tuple):
-        sock = socket.socket(server.address_family, socket.SOCK_DGRAM)
-    else:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        if bind:
-            sock.bind("")  # to a name of the kernel's choice
+    sock = socket.socket(getattr(server, "address_family", socket.AF_UNIX), socket.SOCK_DGRAM)
+    if bind and sock.family == socket.AF_UNIX:
+        sock.bind("")  # to a name of the kernel's choice
     if connect:
         sock.connect(server.server_address)
     set_deadline(sock)
@@ -185,16 +175,14 @@ def client_socket(server, connect=False, bind=True):
 
 
 def ask(server, request, sock=None):
-    """Send the bytes of one request, and give those of its reply."""
-    with contextlib.ExitStack() as stack:
-        if sock is None:
-            sock = stack.enter_context(client_socket(server))
+    """Send the bytes of one request, and return those of its reply."""
+    with contextlib.nullcontext(sock) if sock else client_socket(server) as sock:
         sock.sendto(request, server.server_address)
         return sock.recv(1 << 20)
 
 
 def count(server_or_interface, statistic):
-    """Give a statistic of the server's own group."""
+    """Return a statistic of the server's own group."""
     mi = getattr(server_or_interface, "interface", server_or_interface)
     return mi.statistics[f"mi_datagram:{statistic}"]()
 
@@ -205,14 +193,13 @@ def resident(pid):
 
 
 def run(*command, **options):
-    """Run a command to its end; give the CompletedProcess, with text."""
-    command = [*map(str, command)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+    """Run a command to its end; return the CompletedProcess, with text."""
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=False, **options)
 
 
 @pytest.fixture
 def main(monkeypatch, capfd):
-    """Give a function that runs the command line in this process, and gives what run() does; to serve is a failure."""
+    """A function that runs the command line in this process, and returns what run() does; to serve is a failure."""
 
     def main(*words):
         try:
@@ -230,7 +217,7 @@ def main(monkeypatch, capfd):
 
 @contextlib.contextmanager
 def process(*arguments, command=MI, env=(), **options):
-    """Run COMMAND with ARGUMENTS until the block ends; give its Popen, once it listens, with stderr's lines as `log`."""
+    """Run COMMAND until the block ends; give its Popen, once it listens, with the lines of its stderr as `log`."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, **dict(env)}, **options}
     with subprocess.Popen([*command, *map(str, arguments)], text=True, **options) as popen:
         popen.log = []
@@ -4791,42 +4778,28 @@ def test_whatever_comes_in_the_invariant_holds(kind, folder, monkeypatch, caplog
 
 # ------------------------------------------------------- clients of others ----
 
-OPENSIPS_CALLS = [  # for OpenSIPSMI.execute: command, parameters, and the result or the text of the error
-    ("nothing", None, "OK"), ("echo", ["a", 1, None], ["a", 1, None]),
-    ("cache_flush", ["x", 3], {"Flushed": {"zone": "x", "limit": 3}}),
-    ("cache_flush", {"limit": "3"}, {"Flushed": {"zone": "all", "limit": 3}}),
-    ("statistics:get", {"statistics": ["mi_datagram:parse_errors"]}, {"mi_datagram:parse_errors": 0}),
-    ("which", {"command": "cache_flush"}, [[], ["zone"], ["zone", "limit"]]),
-    ("nonesuch", None, "-32601: Method not found"), ("cache_flush", ["none"], "404: No such zone"),
-    ("cache_flush", [1, 2, 3], "-32602: Invalid params (Too few or too many parameters)"),
-    ("cache_flush", {"zones": "x"}, "-32602: Invalid params (Named parameters do not match)"),
-    ("cache_flush", {"limit": "x"}, "-32602: Invalid params (Bad type for parameter 'limit')"),
-]
 X3 = {"Flushed": {"zone": "x", "limit": 3}}
+OPENSIPS_CALLS = [  # for OpenSIPSMI.execute: command, parameters, and the result or the text of the error
+    ("nothing", None, "OK"), ("echo", ["a", 1, None], ["a", 1, None]), ("cache_flush", ["x", 3], X3),
+    ("cache_flush", {"limit": "3", "zone": "x"}, X3), ("cache_flush", ["none"], "404: No such zone"),
+    ("cache_flush", [1, 2, 3], "-32602: Invalid params (Too few or too many parameters)"),
+]
 NO_ERRORS = {"mi_datagram:parse_errors": 0, "mi_datagram:forbidden": 0}
 CLI_CALLS = [  # for `opensips-cli -x mi`: words, and what it prints
     (["nothing"], "OK"), (["echo", "a", "b c"], ["a", "b c"]), (["-j", "cache_flush", "x", "3"], X3),
     (["cache_flush", "zone=x", "limit=3"], X3), (["cache_flush", "x", "3"], X3),
-    *[([name, *words], NO_ERRORS) for name in ("get_statistics", "statistics:get")
-      for words in (["parse_errors", "forbidden"], ["statistics=parse_errors forbidden"])],
-    *[([name], {"Server": f"mi_datagram ({mi_datagram.__version__})"}) for name in ("version", "core:version")],
-    (["which", "cache_flush"], [[], ["zone"], ["zone", "limit"]]), (["which", "core:ps"], [[]]),
+    (["get_statistics", "parse_errors", "forbidden"], NO_ERRORS), (["which", "core:ps"], [[]]),
+    (["statistics:get", "statistics=parse_errors forbidden"], NO_ERRORS),
 ]
-CLI_OUTPUT = {  # output_type, and what it makes of X3
-    "pretty-print": re.escape(json.dumps(X3, indent=4)), "dictionary": r".*zone\W+x\W+limit\W+3\W+",
-    "lines": "Flushed:\n    zone: x\n    limit: 3", "yaml": r"(?s).*zone.*x.*limit.*3.*", "none": "",
-}
 CLI_ERRORS = [
     (["nonesuch"], "no command 'nonesuch'"),  # as `which` says
     (["cache_flush", "zone=none"], "404: No such zone"),
-    (["cache_flush", "zones=x"], "-32602: Invalid params (Named parameters do not match)"),
     (["cache_flush", "limit=x"], "-32602: Invalid params (Bad type for parameter 'limit')"),
 ]
 KAMCLI = {  # words of kamcli, and what it prints
     "ps": r" *0 +\d+ .+\n", "uptime": r'(?s).*"up_since": ".+', "srv version": r'(?s).*"result": "mi_datagram \(.+',
     "stats": r"(?s).*mi_datagram:requests = \d+.*", "stats -s parse_errors": r"(?s).*mi_datagram:parse_errors = 0.*",
-    "stats mi_datagram:": r"(?s).*mi_datagram:requests = \d+.*", "rpcmethods": r'(?s).*"cache_flush",\s+"core\.arg".*',
-    "jsonrpc cache_flush s:x i:3": r'(?s).*"limit": 3\s.*', "jsonrpc cache_flush x 3": r'(?s).*"limit": 3\s.*',
+    "rpcmethods": r'(?s).*"cache_flush",\s+"core\.arg".*', "jsonrpc cache_flush s:x i:3": r'(?s).*"limit": 3\s.*',
 }
 CLI_COMPLETION = """import sys
 from opensipscli import args, cli
@@ -4865,7 +4838,7 @@ def test_opensips(opensips_settings):
 
 @pytest.mark.clients
 def test_opensips_cli(folder, opensips_settings):
-    """opensips-cli runs and completes the commands that `which` lists, refuses others, and prints in each of its ways."""
+    """opensips-cli runs and completes the commands that `which` lists, and refuses others."""
     settings = {**opensips_settings, "communication_type": "datagram", "log_level": "ERROR"}
     (folder / "cli.cfg").write_text("[default]\n" + "".join([f"{name}: {value}\n" for name, value in settings.items()]))
     python = functools.partial(run, sys.executable, env={**os.environ, "HOME": str(folder)}, cwd=folder)
@@ -4873,11 +4846,6 @@ def test_opensips_cli(folder, opensips_settings):
     for words, result in CLI_CALLS:
         done = cli("-x", "--", "mi", *words)
         assert (done.returncode, done.stderr, json.loads(done.stdout)) == (0, "", result)
-    for kind, text in CLI_OUTPUT.items():
-        done = cli("-o", f"output_type={kind}", "-x", "--", "mi", "cache_flush", "x", "3")
-        assert re.fullmatch(text, done.stdout.strip()), done
-    ((kind, pid),) = [(one["Type"], one["PID"]) for one in json.loads(cli("-x", "mi", "ps").stdout)["Processes"]]
-    assert kind and process_state(pid)[0] != "X"
     for words, error in CLI_ERRORS:
         done = cli("-x", "--", "mi", *words)
         assert done.returncode != 0 and error in done.stdout + done.stderr
