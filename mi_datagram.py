@@ -113,10 +113,7 @@ class SocketError(ParameterError, OSError):
 
 
 class RequestError(Error, ValueError):
-    """The bytes are no request or reply of the line dialect, or cannot become one.
-
-    `position` is the offset of the first byte that is wrong, where there is one.
-    """
+    """Bytes that are not of the line dialect, or what cannot be written in it; `position` is the first wrong byte."""
 
     def __init__(self, reason: str, position: int | None = None) -> None:
         super().__init__(reason if position is None else f"{reason} at byte {position}")
@@ -169,9 +166,7 @@ class _Fault(CommandError):
         self.silent = silent or not self.code
 
 
-def _note(
-    level: int, text: str, *arguments: object, error: BaseException | None = None, to: logging.Logger = log
-) -> None:
+def _note(level: int, text: str, *args: object, error: BaseException | None = None, to: logging.Logger = log) -> None:
     """Log, with ERROR for whoever collects exceptions; a log handler that raises stops nothing.
 
     What came from a peer is printed by %a, and a traceback is indented, so that neither forges a line.
@@ -181,7 +176,7 @@ def _note(
     try:
         exc_info = None if error is None else (type(error), error, error.__traceback__)
         # Not by to.log(), which looks for its caller: that takes a sixth of the time, and here it says nothing.
-        record = to.makeRecord(to.name, level, __file__, 0, text, arguments, exc_info)
+        record = to.makeRecord(to.name, level, __file__, 0, text, args, exc_info)
         if error is not None:
             record.exc_text = _traceback(error)
         to.handle(record)
@@ -208,28 +203,26 @@ class LogLimit:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._seconds: dict[str, list[float]] = {}  # of each kind the end of its second, and how many came in it
+        self._end = -math.inf  # of this second
+        self._counts: dict[str, int] = {}  # what came in it, by kind
 
     def allows(self, kind: str) -> bool:
         """Count one more of a kind; whether it may be written."""
-        second = self._seconds.get(kind)
-        if second is None or self._clock() >= second[0]:
+        if self._clock() >= self._end:
             self.tell()
-            second = self._seconds[kind] = [self._clock() + 1, 0]
-        second[1] += 1
-        return second[1] <= LOG_LINES
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        return count <= LOG_LINES
 
     def tell(self, at_once: bool = False) -> float:
-        """Write how many were left out in the seconds that are over, or in all; return when there is more to tell."""
-        now = math.inf if at_once else self._clock()
-        ends = [math.inf]
-        for kind, (end, count) in list(self._seconds.items()):
-            if end <= now:
-                if self._seconds.pop(kind, None) and count > LOG_LINES:  # None: another thread tells it
-                    _note(logging.WARNING, "%s: %d more in this second", kind, count - LOG_LINES)
-            elif count > LOG_LINES:
-                ends.append(end)
-        return min(ends)
+        """Write how many were left out in the second that is over, or so far; return when there is more to tell."""
+        now = self._clock()
+        if at_once or now >= self._end:
+            self._end = now + 1
+            for kind in list(self._counts):
+                more = self._counts.pop(kind, 0) - LOG_LINES  # of two threads that tell, one has the count
+                if more > 0:
+                    _note(logging.WARNING, "%s: %d more in this second", kind, more)
+        return self._end if any([count > LOG_LINES for count in list(self._counts.values())]) else math.inf
 
 
 # ---------------------------------------------------------------- values ----
@@ -380,7 +373,7 @@ def format_request(command: str, /, *values: object, **named: object) -> bytes:
 
 
 def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> bytes:
-    if not command or ":" in command or "\n" in command or not _has_bytes(command):
+    if not command or ":" in command or "\n" in command:
         raise RequestError(f"command {command!a} cannot be written in the line dialect")
     lines = [f":{command}:\n"]
     for name, value in arguments:
@@ -393,10 +386,11 @@ def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> by
                 raise RequestError(f"value {text!a} needs quotes and cannot end with a backslash in them")
             quoted = text.replace('"', '\\"')
             line = f'{name}::"{quoted}"\n' if name else f'"{quoted}"\n'
-        if not _has_bytes(line):
-            raise RequestError(f"{line!a} has surrogates that do not come back")
         lines.append(line)
-    return "".join(lines).encode("utf-8", "surrogateescape")
+    request = "".join(lines)
+    if not _has_bytes(request):
+        raise RequestError(f"{request!a} has surrogates that do not come back")
+    return request.encode("utf-8", "surrogateescape")
 
 
 def _has_bytes(text: str) -> bool:
@@ -521,7 +515,6 @@ def parse_reply(data: bytes) -> Reply:
 
 
 # ------------------------------------------------- the JSON-RPC 2.0 dialect ----
-
 
 BOM = b"\xef\xbb\xbf"  # some write it before UTF-8
 
