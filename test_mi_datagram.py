@@ -559,7 +559,7 @@ def test_requests_are_read_as_recorded_and_as_the_grammar_says():
     pieces = (b"a", b":", b"::", b'"', b'\\"', b" ", b"\n", b"\r")
     bodies = [b"".join(body) for count in range(5) for body in itertools.product(pieces, repeat=count)]
     bodies += [b"".join(rng.choices(pieces, k=rng.randrange(5, 14))) for _ in range(4_000)]
-    places = (b"?", b"a?b", b"?ab", b"ab?", b"n::a?b", b"?n::v", b'"?"', b'n::"?" ', b'"a"?')
+    places = (b"?", b"a?b", b"?ab", b"ab?", b"n::?v", b"n::v?", b"?n::v", b"n?::v", b'"?"', b'n:: "?"', b'?"a"', b'"a"?')
     bodies += [place.replace(b"?", bytes([byte])) for byte in range(256) for place in places]
     parts, right = (b":", b"echo", b"\n", b" ", b"\r", b"\0", b"x"), (b":", b"echo", b":", b"\n")
     heads = [b"".join(head) for head in itertools.product(parts, repeat=4)]
@@ -579,6 +579,9 @@ def test_errors_say_what_is_wrong_and_where(caplog):
             mi_datagram.parse_request(request)
         assert caught.value.position == position + 10 and interface(core=[]).answer(request) == PARSE_ERROR
         assert re.search(rf"{what}.* at byte {position + 10}'", caplog.records[-1].getMessage())
+    for first_line in (b":a:b:\n", b":a\nb:\n", b"::\n", b"a:\n", b":a"):
+        with pytest.raises(mi_datagram.RequestError, match="first line"):
+            mi_datagram.parse_request(first_line)
     for command, values, named, culprit in REFUSED:
         with pytest.raises(mi_datagram.RequestError, match=re.escape(culprit)):
             mi_datagram.format_request(command, *values, **named)
