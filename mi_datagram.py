@@ -538,8 +538,9 @@ def _parse_json(data: bytes) -> Any:
     """Decode a document; raise ValueError or RecursionError for what is none, or nested too deep."""
     depth = 0
     if data.count(b"[") + data.count(b"{") > NESTING:  # json's own C code may need more stack than a thread has
-        for token in re.finditer(rb'"(?:[^"\\]|\\.)*"?|[][{}]', data, re.DOTALL):
-            depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        outside_strings = b"".join(re.sub(rb"\\.", b"", data, flags=re.DOTALL).split(b'"')[::2])
+        for bracket in re.findall(rb"[][{}]", outside_strings):
+            depth += 1 if bracket in b"[{" else -1
             if depth > NESTING:
                 raise ValueError(f"nested deeper than {NESTING}")
     return _decode_json(data.removeprefix(BOM).decode())
@@ -641,11 +642,15 @@ if sys.version_info >= (3, 14):  # there an annotation that only type checkers c
     _signature = functools.partial(inspect.signature, annotation_format=annotationlib.Format.FORWARDREF)
 
 
+def _innermost(function: Any) -> Any:
+    """Return the function that decorators and partials stand for."""
+    inner = function.func if isinstance(function, functools.partial) else getattr(function, "__wrapped__", None)
+    return function if inner is None else _innermost(inner)
+
+
 def _read_annotations(function: Any, parameters: list[inspect.Parameter]) -> dict[str, tuple[type, bool]]:
     """Return what is in _CONVERTED for those of the PARAMETERS that are annotated so."""
-    plain: Any = inspect.unwrap(function)
-    while isinstance(plain, functools.partial):
-        plain = plain.func
+    plain = _innermost(function)
     scope = getattr(plain, "__globals__", None) or getattr(type(plain).__call__, "__globals__", {})
     known = {}
     for parameter in parameters:
@@ -671,7 +676,7 @@ class Command:
         self.pass_request = pass_request or is_async
         self.read_only = read_only
         self.core = core
-        self.doc = inspect.getdoc(function) or ""
+        self.doc = inspect.getdoc(function.func if isinstance(function, functools.partial) else function) or ""
         self.slow = False  # whether its last run took longer than a TICK
         self._signature = _signature(function)
         parameters = [*self._signature.parameters.values()]

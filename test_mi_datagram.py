@@ -792,12 +792,14 @@ def test_annotations_convert(prefix):
 
 
 def test_annotations_of_odd_parameters():
-    """An annotation that is a text is read at registration; a name is for one value; those of stars hold for each."""
+    """A text is read at registration where the function was made; a name is for one value; those of stars hold for each."""
     mi, calls = taker("a: 'Kind'", "Kind = int")
     take = mi.commands["take"].function
-    mi.command(functools.partial(take), name="part")
+    decorated = functools.wraps(take)(lambda *values: take(*values))
+    mi.command(functools.partial(decorated), name="part")
     take.__globals__["Kind"], take.__annotations__["a"] = bool, "bool"
     assert mi.answer(b":take:\n5\n") == mi.answer(b":part:\n5\n") == b"200 OK\n" and calls == [{"a": 5}] * 2
+    assert mi.commands["part"].doc == ""  # and not the one of partial
     mi, calls = taker("a: str = 'd', /, *b: int, k: int = 0, **c: bool")
     for arguments in ("k::1\nk::2", "v\nx", "x::7", "v\na::7"):
         assert mi.answer(f":take:\n{arguments}\n".encode())[:3] == b"400"
