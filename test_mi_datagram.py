@@ -541,7 +541,7 @@ def test_the_house():
                 and getattr(one.value, "id", "") == "self"]
         assert len({*own}) <= 15 and node.end_lineno - node.lineno < 250, node.name
         attributes = taken_away.pop(node.name, ())
-        for method in node.body:
+        for method in node.body if attributes else ():
             read = [one.attr for one in ast.walk(method) if getattr(one, "attr", "") in attributes]
             assert len(read) == len({*read}), f"{node.name}.{method.name}"
     assert max(map(len, text.splitlines())) <= 120 and not taken_away
@@ -558,13 +558,13 @@ def test_requests_are_read_as_recorded_and_as_the_grammar_says():
     assert not any([mi.answer(reply) for reply in replies.values()])  # as they are somebody's answer
     pieces = (b"a", b":", b"::", b'"', b'\\"', b" ", b"\n", b"\r")
     bodies = [b"".join(body) for count in range(5) for body in itertools.product(pieces, repeat=count)]
-    bodies += [b"".join(rng.choices(pieces, k=rng.randrange(5, 14))) for _ in range(4_000)]
+    bodies += [b"".join(rng.choices(pieces, k=rng.randrange(5, 14))) for _ in range(2_000)]
     places = (b"?", b"a?b", b"?ab", b"ab?", b"n::?v", b"n::v?", b"?n::v", b"n?::v", b'"?"', b'n:: "?"', b'?"a"', b'"a"?')
     bodies += [place.replace(b"?", bytes([byte])) for byte in range(256) for place in places]
     parts, right = (b":", b"echo", b"\n", b" ", b"\r", b"\0", b"x"), (b":", b"echo", b":", b"\n")
-    heads = [b"".join(head) for head in itertools.product(parts, repeat=4)]
+    heads = [b":" + b"".join(head) for head in itertools.product(parts, repeat=3)]
     heads += [b"".join([*right[:place], part, *right[place:]]) for place in range(5) for part in parts]
-    heads += [b":ECHO:\n", b"::echo:\n", ":échø:\n".encode(), b":\xe9cho:\n", b"\xef\xbb\xbf:echo:\n", b":" + b"x" * 99]
+    heads += [*[part + b"echo:\n" for part in parts], b":ECHO:\n", b":\xe9cho:\n", b"\xef\xbb\xbf:echo:\n"]
     for request in [*heads, *[b":echo:\n" + body for body in bodies]]:
         replies[request] = reference_reader(request)
     answers = [(request, reply, mi.answer(request)) for request, reply in replies.items()]
@@ -594,7 +594,7 @@ def random_text(rng, alphabet):
 def test_requests_come_back_from_their_bytes():
     """What the grammar can carry comes back from parse_request(format_request(...)), and nothing else is written."""
     rng, refused, needs_quotes = random.Random(1), 0, r"(?s)[ \t\n\v\f\r].*|.*[ \t\n\v\f\r]|.*[\n\"].*"
-    for _ in range(4_000):
+    for _ in range(2_000):
         command, *texts = [random_text(rng, "ab:\\\"\n\r \t\x0b\0,'é\x85\udcff") for _ in range(5)]
         values, named = texts[: rng.randrange(3)], {name or "n": value for name, value in zip(texts[3:], texts[2:])}
         impossible = not re.fullmatch("[^:\n]+", command)  # or a value that ends its quotes, or a name that needs some
@@ -606,7 +606,7 @@ def test_requests_come_back_from_their_bytes():
             back = mi_datagram.parse_request(mi_datagram.format_request(command, *values, **named))
         assert back == (None if impossible else request)
         refused += impossible
-    assert 400 < refused < 3_600
+    assert 200 < refused < 1_800
 
 
 def test_replies_come_back_from_their_bytes():
