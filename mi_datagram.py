@@ -3480,7 +3480,7 @@ def _ask(client: Client, words: list[str], as_json: bool) -> _Answer:
         return 0, client.call_json(words[0], *values, **{name: value for name, value in arguments if name}), []
     except CommandError as error:
         data = "" if error.data is None else f": {_json_text(error.data)}"
-        hints = [] if words[0] in ("help", "which") else _hints(client, words[0], arguments, error, as_json)
+        hints = [] if words == ["which"] else _hints(client, words[0], arguments, error, as_json)
         return 1, None, [f"{error.code} {error.reason}{data}", *hints]
     except Error as error:
         return 2 if isinstance(error, RequestError) else 3, None, [str(error)]
@@ -3490,7 +3490,9 @@ def _hints(client: Client, command: str, arguments: list[Any], error: CommandErr
     """Say what would do in place of a call that was refused, as far as the server tells."""
     import difflib
 
-    if error.code == -32601 or error.reason == "command not available":
+    is_question = command in ("help", "which") and error.reason == "Command Not Found"
+    if is_question or error.code == -32601 or error.reason == "command not available":
+        command = str(arguments[0][1]) if is_question else command
         names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json)[1], ".+"))
         return [f"did you mean {' or '.join(names)}?"] if names else []
     if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
@@ -3500,20 +3502,24 @@ def _hints(client: Client, command: str, arguments: list[Any], error: CommandErr
 
 
 def _misfits(usage: str, arguments: list[tuple[str, Any]]) -> typing.Iterator[str]:
-    """Name the arguments that do not fit a usage like `command ZONE [LIMIT:int] [more::MORE:bool]`."""
-    words = re.findall(r"(?<!\S)\[?(\w+::)?(\w+)(?::(int|float|bool))?\]?(\.*)(?!\S)", usage)[1:]
-    kinds = {name: kind for _, name, kind, _ in words}
-    places = itertools.chain(*[itertools.repeat(name) if more else [name] for key, name, _, more in words if not key])
+    """Say what does not fit a usage like `command ZONE [LIMIT:int] [more::MORE:bool] [NAME::VALUE]...`."""
+    words = re.findall(r"(?<!\S)(\[?)(\w+::)?(\w+)(?::(int|float|bool))?\]?(\.*)(?!\S)", usage)[1:]
+    kinds = {"" if key == "NAME::" else name: kind for _, key, name, kind, _ in words}
+    by_place = [(name, dots) for _, key, name, _, dots in words if not key]
+    places = itertools.chain(*[itertools.repeat(name) if dots else [name] for name, dots in by_place])
+    given = set()
     for name, value in arguments:
-        parameter = name.upper() or next(places, "")
-        kind = kinds.get(parameter)
-        if kind:
+        parameter = name.upper() or next(places, None)
+        given.add(parameter)
+        kind = kinds.get(parameter, kinds.get("") if name else None)
+        if kind is None:
+            yield f"{name or value}: there is no parameter for it"
+        elif kind:
             try:
                 _convert({"int": int, "float": float, "bool": bool}[kind], True, value)
             except (LookupError, ValueError, OverflowError):
                 yield f"{parameter}: {value} is no {kind}"
-        elif kind is None and "NAME::VALUE" not in usage:
-            yield f"{name or value}: there is no parameter for it"
+    yield from [f"{name}: missing" for bracket, _, name, *_ in words if not bracket and name not in given]
 
 
 def _names(which: Any, pattern: str) -> list[str]:
@@ -3659,6 +3665,7 @@ def _open_streams() -> None:
 def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
     """Parse the options of `call`, of `shell`, or of serving (""); --a_b and --a-b are the same option."""
     import argparse
+    import shlex
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
@@ -3685,8 +3692,9 @@ def _parse(command: str, arguments: Iterable[str]) -> argparse.Namespace:
     if command == "call" and not options.words:
         parser.error("which command? `call which` lists them")
     if command != "call" and options.words:
-        line = " ".join(options.words)
-        raise ParameterError(f"{line}: did you mean `{line if options.words[0] in USAGES else 'call ' + line}`?")
+        line = shlex.join(options.words)
+        meant = line if options.words[0] in ("call", "shell") else f"call {line}"
+        raise ParameterError(f"{line}: did you mean `{meant}`?")
     if command:
         options.socket_name = options.socket_name or [DEFAULT_SOCKET]
     return options

@@ -3489,7 +3489,7 @@ def nothing(): pass
 def give(code: int, *, key: float = 0): return Reply(code, "So", ["tree"])
 
 @mi.command
-def typed(first: bool, *more: int, **others): pass
+def typed(first: bool, *more: int, **others: bool): pass
 
 @mi.command
 def exit(): return "left"
@@ -3602,12 +3602,15 @@ COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     (["give", "1", "2", "key::y"], 1, "", "400 Too few or too many arguments\n2: there is no parameter for it\n"
      "KEY: y is no float\nUsage:: give CODE:int [key::KEY:float]\n"),
     (["typed", "maybe", "1", "x", "", "y", "other::z"], 1, "", "400 Bad parameter\nFIRST: maybe is no bool\n"
-     "MORE: x is no int\nMORE: y is no int\nUsage:: typed FIRST:bool [MORE:int]... [NAME::VALUE]...\n"),
+     "MORE: x is no int\nMORE: y is no int\nOTHER: z is no bool\nUsage:: typed FIRST:bool [MORE:int]... [NAME::VALUE:bool]...\n"),
+    (["give", "key::1"], 1, "", "400 Too few or too many arguments\nCODE: missing\nUsage:: give CODE:int [key::KEY:float]\n"),
     (["--json", "cache_flush", "limit::[1]"], 1, "",
      f"""-32602 Invalid params: "Bad type for parameter 'limit'"\nLIMIT: [1] is no int\n{USAGE}"""),
     (["cache_flsh"], 1, "", "500 command not available\ndid you mean cache_flush?\n"),
     (["--json", "cache_flsh"], 1, "", "-32601 Method not found\ndid you mean cache_flush?\n"),
     (["nonesuch"], 1, "", "500 command not available\n"),
+    (["help", "cache_flsh"], 1, "", "404 Command Not Found\ndid you mean cache_flush?\n"),
+    (["--json", "which", "cache_flsh"], 1, "", "404 Command Not Found\ndid you mean cache_flush?\n"),
     (["--json", "cache_flush", "none"], 1, "", '404 No such zone: {"zone": "n\xf6ne\\u009b\\u202e"}\n'),
     *[(words, 0, json.dumps(result, indent=4, ensure_ascii=False) + "\n", "") for words, result in [
         (["--json", "nothing"], "OK"),
@@ -3622,7 +3625,7 @@ WRONG_CALLS = [  # wrong words of the command line, and what the one line about 
     (["call", "--timeout", "0", "nothing"], "timeout"), (["call", "nothing", "-s", "nonsense"], "nonsense"),
     (["call", "nothing", "-x"], "unrecognized arguments: -x; see `python3 -m mi_datagram call --help`"),
     (["uptime"], "did you mean `call uptime`?"), (["-s", "./s", "call", "uptime"], "did you mean `call uptime`?"),
-    (["--nonsense"], "--nonsense"), (["shell", "uptime"], "did you mean `call uptime`?"), (["--config"], "--config"),
+    ([""], "did you mean `call ''`?"), (["--nonsense"], "--nonsense"), (["shell", "uptime"], "did you mean `call uptime`?"), (["--config"], "--config"),
 ]
 
 CANNOT_SERVE = [  # what is wrong with the children that start while there is a file `bad`, and what the log says of it
