@@ -381,7 +381,7 @@ def format_request(command: str, /, *values: object, **named: object) -> bytes:
 
 def _format_request(command: str, arguments: Iterable[tuple[str, object]]) -> bytes:
     if not command or ":" in command or "\n" in command or not _has_bytes(command):
-        raise RequestError(f"command {command!a} cannot be written in the line dialect")
+        raise RequestError(f"command {command!a}: the line dialect takes a name without ':' or line break, JSON any")
     lines = [f":{command}:\n"]
     for name, value in arguments:
         if name != name.strip(WHITE) or name.endswith(":") or any([mark in name for mark in ("::", '"', "\n")]):

@@ -3620,7 +3620,7 @@ COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     ]],
 ]
 WRONG_CALLS = [  # wrong words of the command line, and what the one line about them says
-    (["call"], "which command? `call which` lists them"), (["call", "a:b"], "a:b"), (["call", "echo", '"\\'], "backslash"),
+    (["call"], "which command? `call which` lists them"), (["call", "a:b"], "a:b': the line dialect takes a name without ':'"), (["call", "echo", '"\\'], "backslash"),
     (["call", "--json", "echo", "a", "b::c"], "not both"), (["call", "--timeout", "soon", "nothing"], "soon"),
     (["call", "--timeout", "0", "nothing"], "timeout"), (["call", "nothing", "-s", "nonsense"], "nonsense"),
     (["call", "nothing", "-x"], "unrecognized arguments: -x; see `python3 -m mi_datagram call --help`"),
