@@ -3620,12 +3620,14 @@ COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     ]],
 ]
 WRONG_CALLS = [  # wrong words of the command line, and what the one line about them says
-    (["call"], "which command? `call which` lists them"), (["call", "a:b"], "a:b': the line dialect takes a name without ':'"), (["call", "echo", '"\\'], "backslash"),
+    (["call"], "which command? `call which` lists them"), (["call", "echo", '"\\'], "backslash"),
+    (["call", "a:b"], "a:b': the line dialect takes a name without ':'"),
     (["call", "--json", "echo", "a", "b::c"], "not both"), (["call", "--timeout", "soon", "nothing"], "soon"),
     (["call", "--timeout", "0", "nothing"], "timeout"), (["call", "nothing", "-s", "nonsense"], "nonsense"),
     (["call", "nothing", "-x"], "unrecognized arguments: -x; see `python3 -m mi_datagram call --help`"),
     (["uptime"], "did you mean `call uptime`?"), (["-s", "./s", "call", "uptime"], "did you mean `call uptime`?"),
-    ([""], "did you mean `call ''`?"), (["--nonsense"], "--nonsense"), (["shell", "uptime"], "did you mean `call uptime`?"), (["--config"], "--config"),
+    (["shell", "uptime"], "did you mean `call uptime`?"), ([""], "did you mean `call ''`?"),
+    (["--nonsense"], "--nonsense"), (["--config"], "--config"),
 ]
 
 CANNOT_SERVE = [  # what is wrong with the children that start while there is a file `bad`, and what the log says of it
