@@ -3945,12 +3945,16 @@ def test_log_of_the_command_line(folder, options):
     assert ("404 No such zone" in log) is bool(options)
 
 
-def test_times_in_the_log():
-    """They are those that logging writes, to the ms, also from one second to the next and back."""
-    ours, theirs = mi_datagram.LogFormatter("%(asctime)s"), logging.Formatter("%(asctime)s")
-    for created in (0.0, 0.5, 0.9996, 1.25, 0.004, 1e9):
-        record = logging.makeLogRecord({"created": created, "msecs": created % 1 * 1000})
-        assert ours.format(record) == theirs.format(record)
+def test_lines_of_the_log():
+    """They are those that logging writes, times to the ms, also from one second to the next and back, and tracebacks."""
+    ours, theirs = mi_datagram.LogFormatter(), logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    failed = (ValueError, ValueError("x"), None)
+    for more in ({}, {"exc_info": failed}, {"exc_text": "  | x"}, {"exc_info": failed, "exc_text": "  | x"}, {"stack_info": "at"}):
+        for created in (0.0, 0.5, 0.9996, 1.25, 0.004, 1e9):
+            own = {"created": created, "msecs": created % 1 * 1000, "msg": "%a by %s", "args": ("caf\xe9", 1), **more}
+            record = logging.LogRecord("a.b", logging.WARNING, __file__, 1, "", (), None)
+            vars(record).update(own)
+            assert ours.format(record) == theirs.format(record)
 
 
 # ---- load
