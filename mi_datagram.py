@@ -904,7 +904,7 @@ class Call:
             command.bind(values, named, self.dialect)
             if request is not None:
                 values.insert(0, request)
-        if not command.read_only:
+        if not command.read_only and audit.isEnabledFor(logging.INFO):
             exchange.log(logging.INFO, "%a by %s", command.name, exchange.peer, to=audit)
         exchange.step = command
         try:
@@ -1299,12 +1299,11 @@ class Exchange:
 
     def log(self, level: int, *arguments: Any, to: logging.Logger = log, **options: Any) -> None:
         """Log; while another thread receives, if the log waited last time."""
-        if to.isEnabledFor(level):
-            step = self.step = self.service.logging
-            if step.slow:
-                self.run_slow(step, _note, level, *arguments, to=to, **options)
-            else:
-                _note(level, *arguments, to=to, **options)
+        step = self.step = self.service.logging
+        if step.slow:
+            self.run_slow(step, _note, level, *arguments, to=to, **options)
+        else:
+            _note(level, *arguments, to=to, **options)
 
 
 def is_urgent(interface: Interface, data: bytes) -> bool:
