@@ -956,9 +956,10 @@ ODD = type("Odd", (list,), {"__eq__": lambda *_: 1 / 0})(["odd"])  # as an array
 
 @pytest.mark.parametrize("told, then, act, line, data", [  # what the Deferred is told, what the command does then
     *[("", None, *row) for row in LATE],
-    *[("first", then, lambda d: d.reply("late"), b"200 OK\nfirst\n", "first") for then in (None, "second", ValueError())],
-    *[("", then, lambda d: d.reply("late"), line, data) for then, line, data in (
-        (ODD, b"200 OK\nodd\n", ["odd"]), (CommandError(404, "No"), b"404 No\n", error(404, "No")))],
+    *[(told, then, lambda deferred: deferred.reply("late"), line, data) for told, then, line, data in (
+        *[("first", then, b"200 OK\nfirst\n", "first") for then in (None, "second", ValueError())],
+        ("", ODD, b"200 OK\nodd\n", ["odd"]), ("", CommandError(404, "No"), b"404 No\n", error(404, "No")),
+    )],
 ])  # fmt: skip
 def test_one_answer_to_one_request(told, then, act, line, data):
     """Whatever a command and four threads do with a Deferred, a request has one answer, and its batch is complete."""
@@ -981,9 +982,9 @@ def test_one_answer_to_one_request(told, then, act, line, data):
         for thread in [in_thread(lambda: answered.append(act(kept[-1]))) for _ in range(4)]:
             thread.join(DEADLINE)
     reply, answers = [reply for reply in sent if reply]  # and none for the notification
-    assert reply == line and [answer.get("result", answer.get("error")) for answer in json.loads(answers)] == [data, "OK"]
-    is_late = not told and then is None
-    assert len(answered) == 12 and answered.count(True) == 3 * is_late and count(mi, "dropped_deferred") == 0
+    assert reply == line and [list(answer.values())[1] for answer in json.loads(answers)] == [data, "OK"]
+    assert answered.count(True) == (0 if told or then else 3) and len(answered) == 12
+    assert count(mi, "dropped_deferred") == 0
 
 
 def test_a_deferred_that_nobody_answers_is_dropped(name, caplog, threads):
@@ -1023,30 +1024,15 @@ def test_deferrals_that_are_refused():
             mi_datagram.Request("change").defer(timeout)
 
 
-@pytest.fixture
-def loop():
-    """An event loop that runs in a thread."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    yield loop
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(DEADLINE)
-    loop.close()
-
-
-def test_async_commands(name, loop):
-    """They bind, run on the given loop, answer, fail and defer like others; what is cancelled is dropped; all may stop()."""
-    mi, after = interface(loop=loop), []
+def test_async_commands(name):
+    """They bind, run on the given loop, answer, fail and defer as others do; what is cancelled is dropped."""
+    loop, after, bad = asyncio.new_event_loop(), [], error(*BAD_PARAMS, "Bad type for parameter 'request'")
+    mi = interface(loop=loop)
 
     @mi.command(pass_request=True)
     async def divide(me, request: int, how: str = "return"):
         await asyncio.sleep(0.01)  # until the server has turned to other requests
         assert asyncio.get_running_loop() is loop
-        if how == "refuse":
-            raise CommandError(404, "Not Found")
-        if how == "exit":
-            raise SystemExit("secret")
         if how == "give up":
             asyncio.current_task().cancel()
             await asyncio.sleep(0)
@@ -1054,6 +1040,10 @@ def test_async_commands(name, loop):
             deferred = me.defer()
             loop.call_later(0.01, deferred.reply, "now")
             return deferred
+        if how == "steal":
+            return mi_datagram.Deferred(None)
+        if how != "return":
+            raise {"refuse": CommandError(404, "Not Found"), "exit": SystemExit("secret")}[how]
         return {me.dialect: 10 / request}
 
     @mi.command
@@ -1062,13 +1052,13 @@ def test_async_commands(name, loop):
         after.append(server.socket.fileno())
         return request
 
-    with serving(mi, name) as server, client_socket(server) as sock:
+    def talk():
         for text, params, reply, data in (
             ("4", [4], b"200 OK\nline:: 2.5\n", {"json": 2.5}), ("0", [0], FAILED[0].encode(), FAILED[1]),
-            ("request::4", {"request": 4}, b"200 OK\nline:: 2.5\n", {"json": 2.5}), ("4\ndefer", [4, "defer"], b"200 OK\nnow\n", "now"),
+            ("request::4", {"request": 4}, b"200 OK\nline:: 2.5\n", {"json": 2.5}),
+            ("4\nexit", [4, "exit"], FAILED[0].encode(), FAILED[1]), ("x", ["x"], b"400 Bad parameter\n", bad),
             ("4\nrefuse", [4, "refuse"], b"404 Not Found\n", error(404, "Not Found")),
-            ("x", ["x"], b"400 Bad parameter\n", error(*BAD_PARAMS, "Bad type for parameter 'request'")),
-            ("4\nexit", [4, "exit"], FAILED[0].encode(), FAILED[1]),
+            ("4\ndefer", [4, "defer"], b"200 OK\nnow\n", "now"), ("4\nsteal", [4, "steal"], FAILED[0].encode(), FAILED[1]),
         ):  # fmt: skip
             assert ask(server, f":divide:\n{text}".encode(), sock) == reply
             assert rpc(mi, "divide", params, lambda request: ask(server, request, sock)) == data
@@ -1076,6 +1066,30 @@ def test_async_commands(name, loop):
         wait_until(lambda: count(mi, "dropped_deferred") == 1)
         assert ask(server, b":end:\nrequest::bye\n", sock) == b"200 OK\nbye\n" and after[0] > 0
         wait_until(lambda: server.socket.fileno() < 0)
+
+    with contextlib.closing(loop), serving(mi, name) as server, client_socket(server) as sock:
+        loop.run_until_complete(asyncio.to_thread(talk))
+
+
+@pytest.mark.parametrize("raised, statuses", [(None, [0]), (ValueError, [1]), (KeyboardInterrupt, [])])
+def test_async_command_in_a_forked_process(raised, statuses, monkeypatch):
+    """A process that it forked ends without a reply, whatever it does there; Ctrl-C is the user's, and ends the loop."""
+    loop, ended, sent = asyncio.new_event_loop(), [], []
+    service = mi_datagram.Service(Interface(), loop=loop)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    loop.set_exception_handler(lambda *_: None)  # nobody fetches the exception that ends the loop
+
+    @service.interface.command
+    async def fork():
+        loop.call_soon(loop.stop)
+        service.is_forked = True
+        if raised:
+            raise raised
+
+    loop.call_soon(mi_datagram.Exchange(service, None, sent.append).answer, b":fork:\n")
+    with contextlib.closing(loop), pytest.raises(KeyboardInterrupt) if not statuses else contextlib.nullcontext():
+        loop.run_forever()
+    assert ended[:1] == statuses and not sent
 
 
 # ------------------------------------------------------------- core commands ----
