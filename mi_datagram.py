@@ -95,6 +95,7 @@ DRAIN = 1000  # datagrams that are still answered when a server stops: more than
 LOG_LINES = 10  # lines a second of each kind of event that peers cause
 DETAIL = 200  # characters of what a peer sent that the log shows
 FRAMES = 8  # innermost frames that `threads` shows of each thread
+FRAMES_IN_ALL = 450  # of all threads: more might not fit into a reply
 WHITE = " \t\n\v\f\r"  # the line dialect's white space; bytes.strip() means the same six
 
 # ---------------------------------------------------------------- errors ----
@@ -870,6 +871,10 @@ class Service:
     access: Step = dataclasses.field(default_factory=Step)
     logging: Step = dataclasses.field(default_factory=Step)
 
+    def __post_init__(self) -> None:
+        if inspect.iscoroutinefunction(self.authorize):  # what it returns at once is true for everybody
+            raise _wrong("authorize", self.authorize, "a function that is not `async def` is allowed")
+
 
 PENDING: Any = object()  # in place of an answer that comes later
 
@@ -1529,11 +1534,11 @@ class _Core:
         os.kill(self._interface.processes()[0][0], signal.SIGTERM)
 
     def threads(self) -> Any:
-        """Tell what each thread is doing now: its name and its innermost frames."""
+        """Tell what each thread is doing now: its name and its innermost frames, fewer where there are many threads."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        nodes = []
-        for ident, frame in sys._current_frames().items():
-            stack = itertools.islice(traceback.walk_stack(frame), FRAMES)
+        nodes, current = [], sys._current_frames()
+        for ident, frame in current.items():
+            stack = itertools.islice(traceback.walk_stack(frame), max(1, min(FRAMES, FRAMES_IN_ALL // len(current))))
             frames = [f"{one.f_code.co_filename}:{line} {one.f_code.co_name}" for one, line in stack]
             nodes.append(Node("Thread", names.get(ident, str(ident)), children=frames))
         return nodes

@@ -1178,8 +1178,8 @@ def test_uptime_counts_from_the_start(probe, monkeypatch):
     assert rpc(probe, "core.uptime") == {"now": told, "up_since": since, "uptime": 1000}
 
 
-def test_threads_tells_where_each_thread_stands():
-    """`threads` answers while the main thread hangs, with the innermost lines, and never a local variable."""
+def test_threads_tells_where_each_thread_stands(monkeypatch):
+    """`threads` answers while the main thread hangs, and of many threads, with the innermost lines and no variable."""
     go_on, replies = threading.Event(), []
 
     def stuck(password, deep=100):
@@ -1191,6 +1191,9 @@ def test_threads_tells_where_each_thread_stands():
     for name, function in ((r"waits\\nhere", "stuck"), ("MainThread", "test_threads_tells_where_each_thread_stands")):
         assert re.search(rf"\nThread:: {name}\n(\t.*\n)*\t{re.escape(__file__)}:\d+ {function}\n", replies[0])
     assert "secret" not in replies[0] and 1 < replies[0].count(" stuck\n") < 20
+    for many in (100, 250, 450):
+        monkeypatch.setattr(sys, "_current_frames", lambda: dict.fromkeys(range(many), sys._getframe()))  # noqa: B023
+        assert len(rpc(interface(), "threads")) == many and len(interface().answer(b":threads:\n")) > many * 50
 
 
 @pytest.mark.parametrize("command, lowest, highest", [("debug", -5, 3), ("log_level", -3, 4)])
@@ -1911,10 +1914,10 @@ def test_replies_that_cannot_be_sent(outbox):
 def test_wrong_values(folder, keyword):
     """A wrong value is one error that names parameter, value and what is allowed; nothing is made or removed."""
     dead_socket(folder / "s")
-    before = contents(folder)
+    before, mi = contents(folder), Interface(core=())
     for value in WRONG_VALUES[keyword]:
         with pytest.raises(mi_datagram.ParameterError) as caught:
-            interface().server(**{"socket_name": str(folder / "s"), keyword: value})
+            mi.server(**{"socket_name": str(folder / "s"), keyword: value})
         text = str(caught.value)
         assert keyword in text and (ascii(value) in text or keyword == "trace_destination") and "\n" not in text
         assert "allowed" in text or isinstance(caught.value, mi_datagram.SocketError)
@@ -1952,6 +1955,7 @@ def test_defaults_and_what_a_kind_of_server_cannot_have(folder, caplog):
     for name, parameter, value in (
         (str(folder / "s"), "children_count", 2), ("udp:127.0.0.1:0", "socket_buf_size", 100_000),
         ("udp:127.0.0.1:0", "unix_socket_user", 0), ("udp:127.0.0.1:0", "unix_socket_group", 0),
+        (str(folder / "s"), "authorize", asyncio.sleep),  # as it returns what is true, it would let in everybody
     ):  # fmt: skip
         with pytest.raises(mi_datagram.ParameterError, match=f"{parameter}.*{value}"):
             interface().server(name, **{parameter: value})
