@@ -3384,7 +3384,7 @@ def nothing(): pass
 def give(code: int, *, key: float = 0): return Reply(code, "So", ["tree"])
 
 @mi.command
-def typed(first: bool, *more: int, **others): pass
+def typed(first: bool, *more: int, **others: bool): pass
 
 @mi.command
 def exit(): return "left"
@@ -3497,12 +3497,15 @@ COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     (["give", "1", "2", "key::y"], 1, "", "400 Too few or too many arguments\n2: there is no parameter for it\n"
      "KEY: y is no float\nUsage:: give CODE:int [key::KEY:float]\n"),
     (["typed", "maybe", "1", "x", "", "y", "other::z"], 1, "", "400 Bad parameter\nFIRST: maybe is no bool\n"
-     "MORE: x is no int\nMORE: y is no int\nUsage:: typed FIRST:bool [MORE:int]... [NAME::VALUE]...\n"),
+     "MORE: x is no int\nMORE: y is no int\nOTHER: z is no bool\nUsage:: typed FIRST:bool [MORE:int]... [NAME::VALUE:bool]...\n"),
+    (["give", "key::1"], 1, "", "400 Too few or too many arguments\nCODE: missing\nUsage:: give CODE:int [key::KEY:float]\n"),
     (["--json", "cache_flush", "limit::[1]"], 1, "",
      f"""-32602 Invalid params: "Bad type for parameter 'limit'"\nLIMIT: [1] is no int\n{USAGE}"""),
     (["cache_flsh"], 1, "", "500 command not available\ndid you mean cache_flush?\n"),
     (["--json", "cache_flsh"], 1, "", "-32601 Method not found\ndid you mean cache_flush?\n"),
     (["nonesuch"], 1, "", "500 command not available\n"),
+    (["help", "cache_flsh"], 1, "", "404 Command Not Found\ndid you mean cache_flush?\n"),
+    (["--json", "which", "cache_flsh"], 1, "", "404 Command Not Found\ndid you mean cache_flush?\n"),
     (["--json", "cache_flush", "none"], 1, "", '404 No such zone: {"zone": "n\xf6ne\\u009b\\u202e"}\n'),
     *[(words, 0, json.dumps(result, indent=4, ensure_ascii=False) + "\n", "") for words, result in [
         (["--json", "nothing"], "OK"),
@@ -3512,12 +3515,14 @@ COMMAND_LINES = [  # words of `call`, exit status, stdout, stderr
     ]],
 ]
 WRONG_CALLS = [  # wrong words of the command line, and what the one line about them says
-    (["call"], "which command? `call which` lists them"), (["call", "a:b"], "a:b"), (["call", "echo", '"\\'], "backslash"),
+    (["call"], "which command? `call which` lists them"), (["call", "echo", '"\\'], "backslash"),
+    (["call", "a:b"], "a:b': the line dialect takes a name without ':'"),
     (["call", "--json", "echo", "a", "b::c"], "not both"), (["call", "--timeout", "soon", "nothing"], "soon"),
     (["call", "--timeout", "0", "nothing"], "timeout"), (["call", "nothing", "-s", "nonsense"], "nonsense"),
     (["call", "nothing", "-x"], "unrecognized arguments: -x; see `python3 -m mi_datagram call --help`"),
     (["uptime"], "did you mean `call uptime`?"), (["-s", "./s", "call", "uptime"], "did you mean `call uptime`?"),
-    (["--nonsense"], "--nonsense"), (["shell", "uptime"], "did you mean `call uptime`?"), (["--config"], "--config"),
+    (["shell", "uptime"], "did you mean `call uptime`?"), ([""], "did you mean `call ''`?"),
+    (["--nonsense"], "--nonsense"), (["--config"], "--config"),
 ]
 
 CANNOT_SERVE = [  # what is wrong with the children that start while there is a file `bad`, and what the log says of it
@@ -3835,12 +3840,16 @@ def test_log_of_the_command_line(folder, options):
     assert ("404 No such zone" in log) is bool(options)
 
 
-def test_times_in_the_log():
-    """They are those that logging writes, to the ms, also from one second to the next and back."""
-    ours, theirs = mi_datagram.LogFormatter("%(asctime)s"), logging.Formatter("%(asctime)s")
-    for created in (0.0, 0.5, 0.9996, 1.25, 0.004, 1e9):
-        record = logging.makeLogRecord({"created": created, "msecs": created % 1 * 1000})
-        assert ours.format(record) == theirs.format(record)
+def test_lines_of_the_log():
+    """They are those that logging writes, times to the ms, also from one second to the next and back, and tracebacks."""
+    ours, theirs = mi_datagram.LogFormatter(), logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    failed = (ValueError, ValueError("x"), None)
+    for more in ({}, {"exc_info": failed}, {"exc_text": "  | x"}, {"exc_info": failed, "exc_text": "  | x"}, {"stack_info": "at"}):
+        for created in (0.0, 0.5, 0.9996, 1.25, 0.004, 1e9):
+            own = {"created": created, "msecs": created % 1 * 1000, "msg": "%a by %s", "args": ("caf\xe9", 1), **more}
+            record = logging.LogRecord("a.b", logging.WARNING, __file__, 1, "", (), None)
+            vars(record).update(own)
+            assert ours.format(record) == theirs.format(record)
 
 
 # ---- load
