@@ -95,6 +95,7 @@ DRAIN = 1000  # datagrams that are still answered when a server stops: more than
 LOG_LINES = 10  # lines a second of each kind of event that peers cause
 DETAIL = 200  # characters of what a peer sent that the log shows
 FRAMES = 8  # innermost frames that `threads` shows of each thread
+FRAMES_IN_ALL = 450  # of all threads: more might not fit into a reply
 WHITE = " \t\n\v\f\r"  # the line dialect's white space; bytes.strip() means the same six
 
 # ---------------------------------------------------------------- errors ----
@@ -808,10 +809,7 @@ class Deferred:
 
 
 class OpenReplies:
-    """The Deferreds that have no reply yet: MAX_OPEN at most, each dropped at its deadline.
-
-    `on_change` is called when there is a new deadline.
-    """
+    """The Deferreds without a reply: MAX_OPEN at most, each dropped at its deadline; `on_change` hears of new ones."""
 
     def __init__(self, on_change: Callable[[], object] = lambda: None) -> None:
         self._on_change = on_change
@@ -871,6 +869,10 @@ class Service:
     access: Step = dataclasses.field(default_factory=Step)
     logging: Step = dataclasses.field(default_factory=Step)
 
+    def __post_init__(self) -> None:
+        if inspect.iscoroutinefunction(self.authorize):  # what it returns at once is true for everybody
+            raise _wrong("authorize", self.authorize, "a function that is not `async def` is allowed")
+
 
 PENDING: Any = object()  # in place of an answer that comes later
 
@@ -911,11 +913,11 @@ class Call:
             else:
                 outcome = command.function(*values, **named)
         except BaseException as error:
-            return self._decide(self._convert_error(error), request)
+            return self._decide(self.convert_error(error), request)
         is_answer = request is None and outcome.__class__ is not Deferred
         return outcome if is_answer else self._decide(outcome, request)
 
-    def _convert_error(self, error: BaseException) -> CommandError:
+    def convert_error(self, error: BaseException) -> CommandError:
         """Return the error that the peer may see of an exception; a forked process of the command's ends with it."""
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise error  # the user's Ctrl-C, not the command's
@@ -944,7 +946,7 @@ class Call:
         if deferred is not None and outcome is deferred:
             return PENDING
         if isinstance(outcome, Deferred):
-            outcome = self._convert_error(Error("it returned the Deferred of another request"))
+            outcome = self.convert_error(Error("it returned the Deferred of another request"))
         if deferred is not None:
             self.exchange.service.open_replies.discard(deferred)
             if not deferred.claim():
@@ -962,30 +964,33 @@ class Call:
             try:
                 if isinstance(outcome, CommandError):
                     exchange.record_error(outcome, self.name)
-                exchange.complete(self, self.format(outcome))
+                reply = exchange.gather(self, self.format(outcome))
+                if reply is not PENDING:
+                    exchange.send(reply)
             finally:  # so that stopping waits for what is being sent
                 exchange.service.open_replies.discard(self.deferred)  # type: ignore[arg-type]
 
 
 def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..., Deferred]:
-    """Make a command of an `async def` function: it runs on an event loop, and has no deadline of its own.
-
-    The loop is that of the server (`async with mi.server(…)`), or else the Interface's.
-    """
+    """Make a command of an `async def` function: it runs on the loop of the server, or else of the Interface."""
 
     async def run(call: Call, deferred: Deferred, request: Request, values: Any, named: Any) -> None:
         import asyncio
 
         try:
             outcome = await function(*([request] if pass_request else []), *values, **named)
+            if isinstance(outcome, Deferred) and outcome is not deferred:
+                raise Error("it returned the Deferred of another request")
         except asyncio.CancelledError:
             deferred.drop()
             raise
         except BaseException as error:  # SystemExit included: it would end the program's loop
-            outcome = call.exchange.failure("command", call.name, error)
+            outcome = call.convert_error(error)
         finally:
             request._call = None  # from now on nothing can be deferred
-        if not isinstance(outcome, Deferred):  # which answers in its own time
+        if call.exchange.service.is_forked:
+            os._exit(0)
+        if outcome is not deferred:  # which answers in its own time
             deferred.reply(outcome)
 
     def start(request: Request, /, *values: Any, **named: Any) -> Deferred:
@@ -994,7 +999,7 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
         loop = service.loop or service.interface.loop
         if loop is None or not loop.is_running():
             raise Error("no event loop runs: serve it by `async with`, or give Interface(loop=...)")
-        deferred: Deferred = call.defer(math.inf)
+        deferred: Deferred = call.defer(math.inf)  # until the coroutine or the server ends
         own = dataclasses.replace(request)  # which can be deferred until the coroutine ends, not only until we return
 
         def start_task() -> None:  # makes the coroutine on the loop: one that never gets there leaves no warning
@@ -1165,22 +1170,19 @@ class Exchange:
             document = self._parse_json(data)
         except CommandError as error:
             return JsonCall(self).format(self.record_error(error, ""))
-        if document.__class__ is not list:
-            answer: bytes | None = JsonCall(self, document).answer(document)
-            return None if answer is PENDING else self._tell(answer)
-        calls = [JsonCall(self, call) for call in document]
-        self.batch = dict.fromkeys(calls, PENDING)
-        for call, sent in zip(calls, document):
-            answer = call.answer(sent)
-            if answer is not PENDING and self._is_last(call, answer):
-                return self._tell(self._join())
-        return None
-
-    def _tell(self, answer: bytes | None) -> bytes | None:
-        """Return what comes now and not later; if that is no answer, a command may have deferred it all the same."""
-        if answer is None:
+        reply: Any = PENDING
+        if document.__class__ is list:
+            calls = [JsonCall(self, call) for call in document]
+            self.batch = dict.fromkeys(calls, PENDING)
+            for call, sent in zip(calls, document):
+                reply = self.gather(call, call.answer(sent))
+        else:
+            reply = JsonCall(self, document).answer(document)
+        if reply is PENDING:
+            return None
+        if reply is None:  # a command may have deferred it all the same
             self.send(None)
-        return answer
+        return reply  # type: ignore[no-any-return]
 
     def _parse_json(self, data: bytes) -> Any:
         """Return the call, or the list of 1 to BATCH calls."""
@@ -1199,28 +1201,19 @@ class Exchange:
             self.refuse("invalid_requests", f"{len(document)} calls, 1 to {BATCH} allowed")
         return document
 
-    def _is_last(self, call: Any, answer: bytes | None) -> bool:
-        """Put ANSWER into the batch; return whether all are there now."""
-        assert self.batch is not None
+    def gather(self, call: Any, answer: Any) -> Any:
+        """Take the answer of a call; return the reply, which is PENDING until the answers of all calls are there."""
+        if self.batch is None or answer is PENDING:
+            return answer
         with self.service.open_replies.lock:
             self.batch[call] = answer
-            return PENDING not in self.batch.values()
-
-    def _join(self) -> bytes | None:
-        """Return the reply to the batch, if its answers fit together."""
-        assert self.batch is not None
+            if PENDING in self.batch.values():
+                return PENDING
         answers = [answer for answer in self.batch.values() if answer is not None]
         reply = b"[%s]" % b",".join(answers)
         if len(reply) > self.service.limit:
             return JsonCall(self).format(self.too_long(reply, ""))
         return reply if answers else None
-
-    def complete(self, call: Call, answer: bytes | None) -> None:
-        """Take the late answer of a call; send the reply if there is one now."""
-        if self.batch is None:
-            self.send(answer)
-        elif self._is_last(call, answer):
-            self.send(self._join())
 
     def replace_too_large(self, reply: bytes) -> bytes | None:
         """Return what to send in place of a reply that is too large for the system; None if that is no help."""
@@ -1538,11 +1531,11 @@ class _Core:
         os.kill(self._interface.processes()[0][0], signal.SIGTERM)
 
     def threads(self) -> Any:
-        """Tell what each thread is doing now: its name and its innermost frames."""
+        """Tell what each thread is doing now: its name and its innermost frames, fewer where there are many threads."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        nodes = []
-        for ident, frame in sys._current_frames().items():
-            stack = itertools.islice(traceback.walk_stack(frame), FRAMES)
+        nodes, current = [], sys._current_frames()
+        for ident, frame in current.items():
+            stack = itertools.islice(traceback.walk_stack(frame), max(1, min(FRAMES, FRAMES_IN_ALL // len(current))))
             frames = [f"{one.f_code.co_filename}:{line} {one.f_code.co_name}" for one, line in stack]
             nodes.append(Node("Thread", names.get(ident, str(ident)), children=frames))
         return nodes
@@ -1719,7 +1712,7 @@ def allow_networks(*networks: str) -> Authorize:
 
     @functools.lru_cache(maxsize=1024)
     def is_allowed(host: str) -> bool:
-        address = ipaddress.ip_address(host.partition("%")[0])
+        address = ipaddress.ip_address(host)
         address = getattr(address, "ipv4_mapped", None) or address
         return any([address in network for network in allowed])
 
