@@ -669,7 +669,7 @@ class Command:
     """One registered command, and how arguments bind to its function."""
 
     def __init__(self, name: str, function: Any, pass_request: bool, read_only: bool, core: bool = False) -> None:
-        if not isinstance(name, str) or not re.fullmatch(r"([^:\n]+:)?[^:\n]+", name):
+        if not (isinstance(name, str) and re.fullmatch(r"([^:\n]+:)?[^:\n]+", name) and _has_bytes(name)):
             raise ParameterError(f"command name {name!a}: NAME or GROUP:NAME is allowed, without line breaks")
         self.name = name
         is_async = inspect.iscoroutinefunction(function)

@@ -824,7 +824,7 @@ def test_registering_commands():
     assert mi.command(pong, name="pwd", replace=True) is pong
     assert mi.answer(b":pong:\n") == mi.answer(b":other:\n") == mi.answer(b":pwd:\n") == b"200 OK\npong\n"
     assert interface(core=["debug", "which"]).answer(b":which:\n") == b"200 OK\ndebug\necho\nnothing\nwhich\n"
-    for wrong in ("echo", "a:b:c", ":a", "a:", "a\nb"):
+    for wrong in ("echo", "a:b:c", ":a", "a:", "a\nb", "\ud800"):
         with pytest.raises(ValueError, match="replace=True" if wrong == "echo" else "GROUP:NAME is allowed"):
             mi.command(pong, name=wrong)
     with pytest.raises(ValueError, match="allowed are"):
