@@ -1886,7 +1886,6 @@ class Work(typing.NamedTuple):
     failed: Callable[[str, Exception], object]  # to receive, or to start a thread: the statistic, the error
 
 
-LEAD: Any = object()  # a worker's turn to lead
 FORKED = -math.inf  # in place of LeaderFollowers._left
 
 
@@ -2042,13 +2041,10 @@ class LeaderFollowers:
 
     def _work(self) -> None:
         while self._left != FORKED and (turn := self._take_turn()) is not None:
-            if turn is LEAD:
-                self._lead()
-            else:
-                self.work.handle(turn)
+            turn()
 
-    def _take_turn(self) -> Any:
-        """Wait for an item of the backlog, or for the lead (LEAD); None if this worker is not needed any more."""
+    def _take_turn(self) -> Callable[[], object] | None:
+        """Wait until there is something to do, and return that; None if this worker is not needed any more."""
         with self._lock:
             max_followers = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # one is left for a late reply
             if self._leader and not self._backlog and self._followers >= max_followers:
@@ -2057,13 +2053,14 @@ class LeaderFollowers:
             self._update()
             self._turn.wait_for(lambda: self._backlog or not self._leader)
             self._followers -= 1
-            turn = None
+            turn: Callable[[], object] | None = None
             if self._backlog:
-                turn = self._backlog.popleft()
-                self._room += self.work.size(turn)
+                item = self._backlog.popleft()
+                self._room += self.work.size(item)
                 self._state_changed.notify_all()
+                turn = functools.partial(self.work.handle, item)
             elif self._left > 0:
-                self._leader, self._current, turn = get_ident(), None, LEAD
+                self._leader, self._current, turn = get_ident(), None, self._lead
             self._update()
             return turn
 
