@@ -1935,11 +1935,13 @@ class LeaderFollowers:
 
     def spawn(self, function: Callable[..., object], *arguments: Any) -> bool:
         """Run FUNCTION on a worker of its own; False if there is none left, or only the one that may have to lead."""
-        worker = threading.Thread(target=self._run, args=(function, *arguments), name="mi_datagram worker", daemon=True)
         with self._lock:
             left = self._max_workers - len(self._workers)
             if left < 1 or (left == 1 and not self._followers and function != self._work):
                 return False
+            worker = threading.Thread(
+                target=self._run, args=(function, *arguments), name="mi_datagram worker", daemon=True
+            )
             try:
                 worker.start()
             except (RuntimeError, MemoryError) as error:
@@ -2001,7 +2003,6 @@ class LeaderFollowers:
     def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
         """Replace leaders until IS_OVER(); call ACT between, which returns in how many s it is to be called again."""
         seen: Any = None
-        ticks = 0  # in the item that was seen
         while not is_over():
             delay = act()
             if self._requested is not None:
@@ -2009,20 +2010,13 @@ class LeaderFollowers:
             with self._lock:
                 may_sleep = self._poll_ticks > QUIET_TICKS and self._left == math.inf
                 self._state_changed.wait(min(delay, threading.TIMEOUT_MAX if may_sleep else TICK))
-                ticks += 1
                 if self._current is not seen:
-                    seen, ticks = self._current, 0
+                    seen = self._current
                 elif self._poll_ticks:
                     self._poll_ticks += 1
-                elif self._leader:
-                    if self._promote_follower():
-                        self._leader = 0
-                        ticks = 0
-                        self._state_changed.notify_all()  # it may wait for room
-                        self.work.stalled()
-                elif ticks > QUIET_TICKS and self._left > 0:  # nobody leads: no thread could be had
-                    ticks = 0
-                    self._promote_follower()
+                elif self._left > 0 and self._promote_follower() and self._leader:  # or else no thread could be had
+                    self._leader = 0
+                    self.work.stalled()
 
     def _run(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
