@@ -2003,6 +2003,7 @@ class LeaderFollowers:
     def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
         """Replace leaders until IS_OVER(); call ACT between, which returns in how many s it is to be called again."""
         seen: Any = None
+        ticks = 0  # in the item that was seen
         while not is_over():
             delay = act()
             if self._requested is not None:
@@ -2010,13 +2011,18 @@ class LeaderFollowers:
             with self._lock:
                 may_sleep = self._poll_ticks > QUIET_TICKS and self._left == math.inf
                 self._state_changed.wait(min(delay, threading.TIMEOUT_MAX if may_sleep else TICK))
+                ticks += 1
                 if self._current is not seen:
-                    seen = self._current
+                    seen, ticks = self._current, 0
                 elif self._poll_ticks:
                     self._poll_ticks += 1
-                elif self._left > 0 and self._promote_follower() and self._leader:  # or else no thread could be had
-                    self._leader = 0
-                    self.work.stalled()
+                elif self._leader:
+                    if self._promote_follower():
+                        self._leader = ticks = 0
+                        self.work.stalled()
+                elif ticks > QUIET_TICKS and self._left > 0:  # nobody leads: no thread could be had
+                    ticks = 0
+                    self._promote_follower()
 
     def _run(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
