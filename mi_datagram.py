@@ -1935,13 +1935,11 @@ class LeaderFollowers:
 
     def spawn(self, function: Callable[..., object], *arguments: Any) -> bool:
         """Run FUNCTION on a worker of its own; False if there is none left, or only the one that may have to lead."""
+        worker = threading.Thread(target=self._run, args=(function, *arguments), name="mi_datagram worker", daemon=True)
         with self._lock:
             left = self._max_workers - len(self._workers)
             if left < 1 or (left == 1 and not self._followers and function != self._work):
                 return False
-            worker = threading.Thread(
-                target=self._run, args=(function, *arguments), name="mi_datagram worker", daemon=True
-            )
             try:
                 worker.start()
             except (RuntimeError, MemoryError) as error:
