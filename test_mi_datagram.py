@@ -1644,9 +1644,10 @@ class MadeUp:
         self.queue, self.ran, self.told, self.acts = collections.deque(), [], [], []
         self.news, self.polling, self.go = queue.SimpleQueue(), threading.Lock(), threading.Event()
         work = mi_datagram.Work(**{
-            "receive": self.receive, "handle": lambda item: item(), "poll": self.poll, "wake": lambda: self.news.put("the end"),
-            "size": lambda item: 1, "is_urgent": lambda item: item in urgent, "stalled": lambda: self.told.append("stalled"),
-            "failed": lambda kind, error: self.told.append(kind), **callables})  # fmt: skip
+            "receive": self.receive, "handle": lambda item: item(), "size": lambda item: 1, "poll": self.poll,
+            "wake": lambda: self.news.put("the end"), "is_urgent": lambda item: item in urgent,
+            "stalled": lambda: self.told.append("stalled"), "failed": lambda kind, error: self.told.append(kind),
+            **callables})  # fmt: skip
         self.turns = mi_datagram.LeaderFollowers(work, max_workers)
 
     def receive(self):
@@ -1763,7 +1764,7 @@ def test_leader_that_is_replaced_while_it_receives(more):
 
 
 def test_item_that_yields_the_lead():
-    """A leader that yields before it waits is replaced at once, by the last worker too, which nothing else takes away."""
+    """A leader that yields before it waits is replaced at once, also by the last worker, which nothing else takes."""
     def yielding():
         made.ran.append(made.turns.yield_lead())
         assert made.ran[-1] is False or made.go.wait(DEADLINE)
@@ -1796,7 +1797,7 @@ def test_reserve(size, fits):
 
 @pytest.mark.parametrize("max_workers, stay", [(4, 2), (30, 1 + mi_datagram.SPARE_THREADS)])
 def test_followers(max_workers, stay):
-    """While one follows the leader handles what comes; of those that are done few stay, and one is left for other work."""
+    """While one follows the leader handles what comes; of those that are done few stay, so other work finds room."""
     with MadeUp(max_workers) as made:
         made.put(*[lambda: made.turns.yield_lead() and made.held()] * (max_workers - 2), made.turns.yield_lead)
         wait_until(lambda: len(made.ran) == max_workers - 2 and len(workers()) == max_workers and made.polling.locked())
@@ -1951,7 +1952,7 @@ def test_reply_whose_time_is_over(outbox):
 
 
 def test_overflow_socket(outbox):
-    """While the buffer of the bound socket is full a one-off socket reaches who is not connected; nothing stays open."""
+    """While the bound socket's buffer is full a one-off socket reaches who is not connected; nothing stays open."""
     with bound_socket("") as silent, bound_socket("") as client:
         silent.connect(outbox.sock.getsockname())  # or else its own queue would be full first
         flood(outbox.sock, silent.getsockname())
@@ -1968,7 +1969,7 @@ def test_overflow_socket(outbox):
 
 
 def test_replies_that_cannot_be_sent(outbox):
-    """A reply too large for the system is replaced; one without an address, or to who is gone, is dropped and counted."""
+    """A reply too large for the system is replaced; one to nobody, or to who is gone, is dropped and counted."""
     outbox.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # which gives the least that there is
     with bound_socket("") as client:
         outbox.send(client.getsockname(), b"x" * 50_000)
@@ -2587,7 +2588,7 @@ def test_hook_that_raises(name, hooks):
 # --------------------------------------------------------------- servers: threads ----
 
 
-@pytest.mark.parametrize("request_, reply", [(b":block:\n", b"200 OK\ndone\n"), (b":none:\n", b"500 command not available\n")])
+@pytest.mark.parametrize("request_, reply", [(b":block:", b"200 OK\ndone"), (b":none:", b"500 command not available")])
 def test_slow_until_quick_again(folder, request_, reply, monkeypatch):
     """From one slow run to the next quick one a command, or the log, makes way for others before anybody notices."""
     mi, runs, go = blocking()
@@ -2601,13 +2602,13 @@ def test_slow_until_quick_again(folder, request_, reply, monkeypatch):
             with pytest.MonkeyPatch.context() as patch:
                 if number > 1:
                     patch.setattr(mi_datagram, "TICK", LONG_TICK)  # so nobody notices
-                send(server, sock, request_)
+                send(server, sock, request_ + b"\n")
                 wait_until(lambda: len(runs) == number and step.slow)  # noqa: B023
                 assert [ask(server, b":nothing:\n") for _ in range(50)] == [b"200 OK\n"] * 50 and is_empty(sock)
             pause(2 * mi_datagram.TICK)
             go.set()
-            assert sock.recv(1000) == reply and step.slow
-        wait_until(lambda: ask(server, request_) and not step.slow)
+            assert sock.recv(1000) == reply + b"\n" and step.slow
+        wait_until(lambda: ask(server, request_ + b"\n") and not step.slow)
 
 
 def test_threads_and_counters_are_right_under_stress(name, switching):
@@ -2657,7 +2658,7 @@ def test_silent_clients(folder, threads, size, buffer, connect, max_threads, cap
     mi.command(lambda: "a" * size, name="get")
     with holding(folder / "s", many, mi, max_threads=max_threads, socket_timeout=FOREVER) as (server, slow, go):
         wait_until(lambda: not many or mi.commands["block"].slow)  # so somebody else receives
-        monkeypatch.setattr(mi_datagram, "TICK", LONG_TICK)  # so nobody notices that a thread waits: it hands over before
+        monkeypatch.setattr(mi_datagram, "TICK", LONG_TICK)  # so nobody notices one that waits: it hands over before
         server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)  # soon full
         with contextlib.ExitStack() as silent:
             for _ in range(20):
@@ -3216,8 +3217,9 @@ def test_async_with_refused_on_a_second_loop(name):
 DEEP = b'{"id":1,"result":' + b"[" * 200 + b"]" * 200 + b"}"
 NONSENSE = {  # what is no reply to the first call of a client in each dialect
     "line": [b"", b"?", DEEP, b"200 OK\n" + b"".join([b" " * depth + b"x\n" for depth in range(300)])],
-    "json": [b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}', b'{"id":9,"result":1}', DEEP],
-}
+    "json": [b"[" * 60000, b"\xff", b"[]", b'{"id":1}', b'{"id":1,"error":{}}', b'{"id":1,"error":7}',
+             b'{"id":9,"result":1}', DEEP],
+}  # fmt: skip
 
 
 def test_client_speaks_both_dialects(name):
@@ -3231,8 +3233,9 @@ def test_client_speaks_both_dialects(name):
         taken.append((values, named))
         for nonsense in NONSENSE[request.dialect]:
             server.socket.sendto(nonsense, request.peer.address)
+        forged = {"line": b"200 OK\nforged\n", "json": b'{"result":0,"id":null}'}[request.dialect]
         with client_socket(server) as stranger, contextlib.suppress(PermissionError):  # which is the server's user too
-            stranger.sendto(b"200 OK\nforged\n" if request.dialect == "line" else b'{"result":0,"id":null}', request.peer.address)
+            stranger.sendto(forged, request.peer.address)
         return {"text": "a", "number": 1.5}
 
     with serving(mi, name) as server, Client(server.socket_name) as client:
@@ -3290,8 +3293,8 @@ def test_whose_reply_a_client_takes(folder, monkeypatch, owner, replier, whence,
                 os.chdir("other")
             if whence in ("elsewhere", "./s"):
                 other.bind("" if whence == "elsewhere" else whence)
-            credentials = socket.SOL_SOCKET, 2, struct.pack("iII", os.getpid(), replier, os.getgid())  # root may claim any
-            (server if whence == "server" else other).sendmsg([b"200 OK\nfirst\n"], [credentials], 0, client)
+            claim = socket.SOL_SOCKET, 2, struct.pack("iII", os.getpid(), replier, os.getgid())  # root may be anybody
+            (server if whence == "server" else other).sendmsg([b"200 OK\nfirst\n"], [claim], 0, client)
         with contextlib.suppress(ConnectionError):
             server.sendto(b"200 OK\nlast\n", client)
 
@@ -3302,7 +3305,7 @@ def test_whose_reply_a_client_takes(folder, monkeypatch, owner, replier, whence,
 
 @pytest.mark.parametrize("name, call", [("./s", "call"), ("./s", "call_json"), ("udp:", "call_json")])
 def test_client_gives_up(folder, monkeypatch, name, call):
-    """At its timeout a client gives up, however many datagrams that are no reply go on coming; it says what they are."""
+    """At its timeout a client gives up, however many datagrams that are no reply go on coming; it says so."""
     def serve(server, request, client):
         with contextlib.suppress(ConnectionError):  # the client is gone
             for _ in range(10):
@@ -3319,14 +3322,14 @@ def test_client_gives_up(folder, monkeypatch, name, call):
 
 def test_client_of_a_server_that_does_not_read(folder):
     """Where a server's queue is full, a client gives up at its timeout, and sleeps until then."""
-    with bound_socket(folder / "s") as server, Client(folder / "s", timeout=200) as client, contextlib.ExitStack() as stack:
+    path = folder / "s"
+    with bound_socket(path), bound_socket("") as other, contextlib.ExitStack() as stack:
         stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
-        with bound_socket("") as other:
-            flood(other, server.getsockname())
+        flood(other, str(path))
         socket.setdefaulttimeout(DEADLINE)  # which is the program's and not ours
         begin = time.process_time()
         with pytest.raises(mi_datagram.NoAnswer):
-            client.call("anything")
+            Client(path, timeout=200).call("anything")
         assert time.process_time() - begin < 0.1
 
 
@@ -3363,7 +3366,7 @@ def test_link_local_address():
     *[(path, "x", mi_datagram.SocketError) for path in ("/missing", "a\0b", "\udc00" * 3, "x" * 300)],
 ])  # fmt: skip
 def test_what_a_client_cannot_do_is_named(folder, reply_dir, value, error):
-    """A parameter that has no JSON form is a RequestError, a `reply_dir` that takes no folder a SocketError; each names it."""
+    """A parameter without a JSON form is a RequestError, a `reply_dir` that takes no folder a SocketError; both say it."""
     named = "reply_dir" if reply_dir else "parameters of 'echo'"
     with Client(str(folder / "s"), reply_dir=reply_dir) as client, pytest.raises(error, match=named):
         client.call_json("echo", value)
