@@ -1930,25 +1930,17 @@ def drops(outbox):
     return {kind: number for kind in kinds if (number := count(outbox.mi, f"dropped_{kind}"))}
 
 
-def test_reply_waits_for_its_client(outbox):
-    """One reply a client waits, and goes out when it reads; others, and for others, are dropped at once."""
+@pytest.mark.parametrize("outbox, waits", [(0, False), (20, False), (FOREVER, True)], indirect=["outbox"])
+def test_reply_waits_for_its_client(outbox, waits):
+    """One reply a client waits, until it reads or for `timeout` ms; others, and for others, are dropped at once."""
     with bound_socket("") as client, bound_socket("") as other:
-        for dropped, silent in enumerate([client, client, other]):
-            outbox.send(flood(outbox.sock, silent.getsockname()))
-            wait_until(lambda: drops(outbox) == ({"unread": dropped} if dropped else {}))  # noqa: B023
-        client.recv(2000)
-        wait_until(lambda: count(outbox.mi, "replies") == 1)
-
-
-@pytest.mark.parametrize("outbox", [0, 50], indirect=True)
-def test_reply_whose_time_is_over(outbox):
-    """A reply waits for `timeout` ms, and then another may."""
-    with bound_socket("") as client:
-        for dropped in (1, 2):
-            address, begin = flood(outbox.sock, client.getsockname()), time.monotonic()
+        for dropped, silent in enumerate([client, client, other], 1 - waits):
+            address, begin = flood(outbox.sock, silent.getsockname()), time.monotonic()
             outbox.send(address)
-            wait_until(lambda: drops(outbox) == {"unread": dropped})  # noqa: B023
-            assert time.monotonic() - begin >= outbox.timeout / 1000
+            wait_until(lambda: drops(outbox) == ({"unread": dropped} if dropped else {}))  # noqa: B023
+            assert waits or time.monotonic() - begin >= outbox.timeout / 1000
+        client.recv(2000)
+        wait_until(lambda: count(outbox.mi, "replies") == waits)
 
 
 def test_overflow_socket(outbox):
