@@ -1876,7 +1876,6 @@ class Work(typing.NamedTuple):
     failed: Callable[[str, Exception], object]  # to receive, or to start a thread: the statistic, the error
 
 
-LEAD: Any = object()  # a worker's turn to lead
 FORKED = -math.inf  # in place of LeaderFollowers._left
 
 
@@ -1891,9 +1890,9 @@ class LeaderFollowers:
        stays. Nobody waits for the change: the lead is vacant until the other one wakes up.
     4. `_leader` changes under the lock alone. A worker reads it without the lock before each item, so one that was
        just replaced may take one item more. Before it polls it looks again, under the lock: one thread polls.
-    5. The last free worker is the reserve. While it leads it handles in place what is urgent alone, and leaves the
-       rest to the backlog; when that is full it stops receiving. A worker that is done takes from the backlog first,
-       and while something is in it, nothing that is not urgent goes past it.
+    5. The last free worker is the reserve, and does nothing but lead. It handles in place what is urgent alone, and
+       leaves the rest to the backlog; when that is full it stops receiving. A worker that is done takes from the
+       backlog first, and while something is in it, nothing that is not urgent goes past it.
     6. A worker that finds neither backlog nor vacant lead follows, or ends if SPARE_THREADS follow already. One that
        dies of an error is replaced.
     7. The watcher sleeps only while the leader polls, after QUIET_TICKS, and who has polled wakes it up. Both change
@@ -1925,10 +1924,11 @@ class LeaderFollowers:
         return self.spawn(self._work)
 
     def spawn(self, function: Callable[..., object], *arguments: Any) -> bool:
-        """Run FUNCTION on a worker of its own; False if there are `max_workers`, or no thread can be started."""
+        """Run FUNCTION on a worker of its own; False if there is none left, or only the one that may have to lead."""
         worker = threading.Thread(target=self._run, args=(function, *arguments), name="mi_datagram worker", daemon=True)
         with self._lock:
-            if len(self._workers) >= self._max_workers:
+            left = self._max_workers - len(self._workers)
+            if left < 1 or (left == 1 and not self._followers and function != self._work):
                 return False
             try:
                 worker.start()
@@ -1936,7 +1936,6 @@ class LeaderFollowers:
                 self.work.failed("thread_errors", error)
                 return False
             self._workers.add(worker.ident)
-            self._update()
             return True
 
     def yield_lead(self) -> bool:
@@ -2007,9 +2006,7 @@ class LeaderFollowers:
                     self._poll_ticks += 1
                 elif self._leader:
                     if self._promote_follower():
-                        self._leader = 0
-                        ticks = 0
-                        self._state_changed.notify_all()  # it may wait for room
+                        self._leader = ticks = 0
                         self.work.stalled()
                 elif ticks > QUIET_TICKS and self._left > 0:  # nobody leads: no thread could be had
                     ticks = 0
@@ -2025,20 +2022,17 @@ class LeaderFollowers:
                 self._workers.discard(get_ident())
                 if self._leader == get_ident():  # it died of an error
                     self._leader = self._poll_ticks = 0
-                self._update()
                 if self._backlog or not (self._leader or self._left <= 0):
                     self._promote_follower()
+                self._update()
                 self._state_changed.notify_all()
 
     def _work(self) -> None:
         while self._left != FORKED and (turn := self._take_turn()) is not None:
-            if turn is LEAD:
-                self._lead()
-            else:
-                self.work.handle(turn)
+            turn()
 
-    def _take_turn(self) -> Any:
-        """Wait for an item of the backlog, or for the lead (LEAD); None if this worker is not needed any more."""
+    def _take_turn(self) -> Callable[[], object] | None:
+        """Wait until there is something to do, and return that; None if this worker is not needed any more."""
         with self._lock:
             max_followers = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # one is left for a late reply
             if self._leader and not self._backlog and self._followers >= max_followers:
@@ -2047,13 +2041,14 @@ class LeaderFollowers:
             self._update()
             self._turn.wait_for(lambda: self._backlog or not self._leader)
             self._followers -= 1
-            turn = None
+            turn: Callable[[], object] | None = None
             if self._backlog:
-                turn = self._backlog.popleft()
-                self._room += self.work.size(turn)
+                item = self._backlog.popleft()
+                self._room += self.work.size(item)
                 self._state_changed.notify_all()
+                turn = functools.partial(self.work.handle, item)
             elif self._left > 0:
-                self._leader, self._current, turn = get_ident(), None, LEAD
+                self._leader, self._current, turn = get_ident(), None, self._lead
             self._update()
             return turn
 
@@ -2147,6 +2142,12 @@ DROP_REASONS = {
 }
 
 
+def set_send_timeout(sock: socket.socket, timeout: int) -> None:
+    """Have sends wait TIMEOUT ms in the kernel, whatever the program's default is: Python's own timeout would spin."""
+    sock.settimeout(None)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(*divmod(timeout * 1000, 1_000_000)))
+
+
 class Outbox:
     """Sends replies: at once where that can be done, else where nobody else waits for it.
 
@@ -2165,9 +2166,8 @@ class Outbox:
         self._waiting: set[Any] = set()  # the clients that a reply waits for
 
     def prepare(self, sock: socket.socket) -> None:
-        """Set what a socket needs for sending, whatever the program's defaults are."""
-        sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(*divmod(self._timeout * 1000, 1_000_000)))
+        """Set what a socket needs for sending."""
+        set_send_timeout(sock, self._timeout)
         try:
             sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
         except OSError:
@@ -2984,8 +2984,7 @@ class Client:
         It takes a reply from the address that the server is bound to, or from a sender without an address
         that runs, as the kernel says, as the owner of the socket file or as root.
         """
-        sock.settimeout(None)  # the kernel waits for room in the server's queue: Python's own timeout would spin
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(*divmod(self.timeout * 1000, 1_000_000)))
+        set_send_timeout(sock, self.timeout)
         if not isinstance(self._address, str):
             sock.send(request)
             return lambda: sock.recv(UNIX_PAYLOAD)
@@ -3011,9 +3010,9 @@ class Client:
         if self._socket is not None:
             self._socket.close()
         if self._folder and self._pid == os.getpid():  # what a forked process has is its parent's
-            for remove, path in ((os.unlink, os.path.join(self._folder, "reply")), (os.rmdir, self._folder)):
-                with contextlib.suppress(OSError):
-                    remove(path)
+            import shutil
+
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._socket, self._folder = None, ""
 
     def __enter__(self) -> Client:
