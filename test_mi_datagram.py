@@ -2080,11 +2080,7 @@ def test_mode_and_owner_without_proc(folder, monkeypatch):
 
 
 def test_socket_file_while_it_is_made(folder):
-    """It never has more rights than asked, nor those for another owner; a file that a rival puts there keeps its own.
-
-    The rival comes before the first, the second, … call of a C function while there is a socket file, until there are
-    no more such calls; in that last round, without a rival, the socket file is looked at before each of them.
-    """
+    """It never has more rights than asked, nor those of another owner; a file that a rival puts there keeps its own."""
     mi, victim, path = interface(), folder / "victim", folder / "s"
     user, group = (4242, 4243) if IS_ROOT else (ME, MINE)
 
@@ -2097,7 +2093,7 @@ def test_socket_file_while_it_is_made(folder):
             if left == 0:
                 victim.rename(path)
 
-    for moment in itertools.count(1):
+    for moment in itertools.count(1):  # the rival comes before this call of a C function; in the last round not at all
         victim.touch(mode=0o600)
         left, made, seen, umask = moment, [], set(), os.umask(0)
         sys.setprofile(look)
@@ -2222,10 +2218,7 @@ def test_relative_path(folder, monkeypatch):
 
 @pytest.mark.parametrize("ids", [(ME, MINE), pytest.param((4242, 4243), marks=ROOTS)])
 def test_peer(name, ids):
-    """A UNIX peer has the ids that the kernel vouches for, a UDP peer its address; connected or not, it gets its reply.
-
-    An unbound one gets none.
-    """
+    """A UNIX peer has the ids that the kernel vouches for, a UDP peer its address; one that is bound gets its reply."""
     mi, peers, is_unix = interface(), [], "/" in name
     mi.command(lambda request: peers.append(request.peer), name="who", pass_request=True)
     claim = [(socket.SOL_SOCKET, 2, struct.pack("iII", os.getpid(), *ids))] if is_unix and ids != (ME, MINE) else []
@@ -2300,10 +2293,7 @@ def test_starting_and_stopping_leaves_no_trace(name, folder):
 
 @pytest.mark.parametrize("in_command, timeout", [(False, 0), (True, 5000)])
 def test_stop_lets_what_runs_reply(name, in_command, timeout):
-    """Stopping waits for commands and Deferreds, 2 s or more whatever socket_timeout is, and sends their replies.
-
-    A command, whose own reply goes out too, can but ask for it: stop() returns at once there.
-    """
+    """stop() waits 2 s or more for commands, Deferreds and their replies; called by a command it returns at once."""
     mi, deferred = later()
     mi.command(lambda: server.stop() or "bye", name="end")
     with holding(name, mi=mi, socket_timeout=timeout) as (server, sock, go), client_socket(server) as other:
@@ -2325,10 +2315,7 @@ def test_stop_lets_what_runs_reply(name, in_command, timeout):
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
 def test_async_with(folder, is_cancelled):
-    """`async with` serves on its loop, and on another one later; while it is left or cancelled a command replies.
-
-    On another loop at the same time it is refused, and the first one keeps the commands.
-    """
+    """`async with` serves on one loop, and on another one later; left or cancelled, it lets a command reply."""
     mi, ticks, ending = interface(), [], []
 
     @mi.command
@@ -2473,7 +2460,9 @@ def test_service_actions(folder, error):
             server.serve_forever(0.001)
 
     server = derived(str(folder / "s"), service_actions=service_actions)
-    in_thread(serve).join(DEADLINE)
+    serving_ = in_thread(serve)
+    serving_.join(DEADLINE)
+    assert not serving_.is_alive()
     server.stop()
     assert replies == [b"200 OK\n"] * 20 and not contents(folder) and server.socket.fileno() == -1
 
@@ -2483,18 +2472,16 @@ HOOKS = ["get_request", "verify_request", "process_request", "finish_request"]
 
 def hooked(after):
     """Make each of HOOKS, and handle_error, do what it does, and then call AFTER with its name."""
-    def make(hook):
-        def method(self, *arguments):
-            result = getattr(super(type(self), self), hook)(*arguments)
-            after(hook)
-            return result
-        return method
+    def call(self, *arguments, hook):
+        result = getattr(super(type(self), self), hook)(*arguments)
+        after(hook)
+        return result
 
-    return {hook: make(hook) for hook in [*HOOKS, "handle_error"]}
+    return {hook: functools.partialmethod(call, hook=hook) for hook in [*HOOKS, "handle_error"]}
 
 
 def test_way_of_a_datagram(name):
-    """A quick request enters 10 functions from receiving to sending, over UDP 11, the hooks of socketserver in order."""
+    """A quick request enters 10 functions from receiving to sending, over UDP 11, and the hooks in their order."""
     entered, called = [], []
 
     def note(frame, event, argument):
@@ -3071,10 +3058,9 @@ def test_all_threads_are_held(name):
         sock, other, operator, crowd = [stack.enter_context(client_socket(server)) for _ in range(4)]
         send(server, sock, *[b":block:\n%d\n" % number for number in range(50)])
         wait_until(lambda: len(runs) > 4)
-        for _ in range(3):
-            for request in (b":uptime:\n", b":threads:\n", b":get_statistics:\nall\n"):
-                assert ask(server, request, operator).startswith(b"200 OK\n")
-            assert json.loads(ask(server, b'{"jsonrpc":"2.0","method":"ps","id":1}', operator))["result"]
+        urgent = b":uptime:\n", b":threads:\n", b":get_statistics:\nall\n", b'{"jsonrpc":"2.0","method":"ps","id":1}'
+        for request in urgent * 3:
+            assert ask(server, request, operator).startswith((b"200 OK\n", b'{"jsonrpc":"2.0","result":'))
         send(server, other, *[b":echo:\n%d\n" % number for number in range(QUEUE)])
         pause(REST)
         assert is_empty(other) and len(runs) < 8
