@@ -3102,10 +3102,14 @@ def test_stop_from_a_signal_handler(name, in_background):
         server.stop(wait=False)  # asks, and returns before the command does
         go.set()
 
+    def send_signals():  # several, as Python may miss one that comes just as a thread goes to sleep
+        wait_until(lambda: runs)
+        wait_until(lambda: os.kill(os.getpid(), signal.SIGWINCH) or server.socket.fileno() < 0)
+
     default = signal.signal(signal.SIGWINCH, on_signal)
     with client_socket(server := mi.server(name)) as sock:
         send(server, sock, b":block:\n")
-        in_thread(lambda: wait_until(lambda: runs) and os.kill(os.getpid(), signal.SIGWINCH))
+        in_thread(send_signals)
         if in_background:
             server.start()
         server.serve_forever()
