@@ -2386,8 +2386,6 @@ sys.exit("over")
 
 
 FORK = """
-import warnings
-warnings.simplefilter("ignore")
 dropped, opened = mi.statistics["mi_datagram:dropped_deferred"], []
 mi.command(lambda request, ms: opened.append(request.defer(float(ms))) or opened[-1], name="later", pass_request=True)
 
@@ -2900,8 +2898,7 @@ def test_reply_comes_from_the_address_that_was_asked(bound, asked, answers):
 
 
 FORKS = """
-import os, signal, sys, time, warnings, mi_datagram
-warnings.simplefilter("ignore")
+import os, signal, sys, time, mi_datagram
 mi = mi_datagram.Interface()
 @mi.command
 def fork(how):
