@@ -2085,17 +2085,15 @@ def test_socket_file_while_it_is_made(folder):
     user, group = (4242, 4243) if IS_ROOT else (ME, MINE)
 
     def look(frame, event, function):
-        nonlocal left
         if event == "c_call" and os.access(path, os.F_OK):
             status = os.lstat(path)
             seen.add((stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid))
-            left -= 1
-            if left == 0:
+            if next(calls) == moment:
                 victim.rename(path)
 
     for moment in itertools.count(1):  # the rival comes before this call of a C function; in the last round not at all
         victim.touch(mode=0o600)
-        left, made, seen, umask = moment, [], set(), os.umask(0)
+        calls, made, seen, umask = itertools.count(1), [], set(), os.umask(0)
         sys.setprofile(look)
         with contextlib.suppress(mi_datagram.SocketError):
             made.append(mi.server(str(path), unix_socket_mode=0o666, unix_socket_user=user, unix_socket_group=group))
