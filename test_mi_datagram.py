@@ -2088,10 +2088,10 @@ def test_socket_file_while_it_is_made(folder):
         if event == "c_call" and os.access(path, os.F_OK):
             status = os.lstat(path)
             seen.add((stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid))
-            if next(calls) == moment:
+            if next(calls) == moment:  # the rival comes; in the last round it does not
                 victim.rename(path)
 
-    for moment in itertools.count(1):  # the rival comes before this call of a C function; in the last round not at all
+    for moment in itertools.count(1):  # noqa: B007
         victim.touch(mode=0o600)
         calls, made, seen, umask = itertools.count(1), [], set(), os.umask(0)
         sys.setprofile(look)
