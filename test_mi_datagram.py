@@ -3104,11 +3104,12 @@ def test_stop_from_a_signal_handler(name, in_background):
     default = signal.signal(signal.SIGWINCH, on_signal)
     with client_socket(server := mi.server(name)) as sock:
         send(server, sock, b":block:\n")
-        in_thread(send_signals)
+        sending = in_thread(send_signals)
         if in_background:
             server.start()
         server.serve_forever()
         assert sock.recv(1000) == b"200 OK\ndone\n" and server.socket.fileno() < 0 and not os.path.exists(name)
+    sending.join(DEADLINE)
     signal.signal(signal.SIGWINCH, default)
 
 
