@@ -2416,7 +2416,6 @@ class ServerMixIn(_Threads):
     """
 
     socket: Socket
-    _resolve: Callable[[Any], Any]  # checks that a parsed name is one for this class; returns the address to bind
     _watcher = 0  # the ident of the thread that watches
     _is_over = False  # whether it is to be closed when it has stopped
 
@@ -2465,6 +2464,10 @@ class ServerMixIn(_Threads):
         """The name that a client gives; over UDP with the port that was found for port 0."""
         address: Any = self.server_address
         return _udp_name(address) if isinstance(address, tuple) else os.fsdecode(address)
+
+    def _resolve(self, name: str | tuple[str, int]) -> Any:
+        """Check that NAME is one for this class and return the address to bind."""
+        raise NotImplementedError
 
     def _prepare(self, listening: Socket | None) -> None:
         """Set what the socket has, bound here or passed in."""
