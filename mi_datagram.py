@@ -2306,7 +2306,6 @@ Socket = socket.socket  # by another name, as in the servers `socket` is an attr
 SO_PASSCRED = getattr(socket, "SO_PASSCRED", 16 if sys.platform == "linux" and hasattr(socket, "CMSG_LEN") else 0)
 O_PATH = getattr(os, "O_PATH", 0o10000000 if sys.platform == "linux" else 0)
 IP_PKTINFO, IPV6_RECVPKTINFO, IPV6_PKTINFO = 8, 49, 50  # Linux; the socket module lacks some
-SCM_RIGHTS = 1  # everywhere
 SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
 ANCILLARY = socket.CMSG_LEN(struct.calcsize(CREDENTIALS)) if SO_PASSCRED else 0  # no room for foreign descriptors
 
@@ -2321,11 +2320,11 @@ class Poller:
     def __init__(self, sock: socket.socket) -> None:
         self._reading, self._writing = socket.socketpair()
         self._writing.setblocking(False)
-        self._poll = select.poll()
-        with contextlib.suppress(ValueError):  # it was closed meanwhile
-            self._poll.register(sock, select.POLLIN)
-        self._poll.register(self._reading, select.POLLIN)
-        self.poll = self._poll.poll
+        poll = select.poll()
+        with contextlib.suppress(ValueError):  # where SOCK was closed meanwhile
+            for one in (self._reading, sock):
+                poll.register(one, select.POLLIN)
+        self.poll = poll.poll
 
     def wake(self) -> None:
         """Takes no lock, so a signal handler may call it."""
@@ -2529,10 +2528,10 @@ class ServerMixIn(_Threads):
     def _serve(self, poll_interval: float = 0.5) -> None:
         threads: Any = self._threads
         self._watcher = get_ident()
-        has_actions = type(self).service_actions is not socketserver.BaseServer.service_actions
+        if type(self).service_actions is socketserver.BaseServer.service_actions:  # which does nothing
+            poll_interval = math.inf
         try:
-            act = functools.partial(self._act, poll_interval if has_actions else math.inf)
-            threads.watch(act, threads.is_ending)
+            threads.watch(functools.partial(self._act, poll_interval), threads.is_ending)
         finally:
             self._drain()
 
@@ -2550,12 +2549,12 @@ class ServerMixIn(_Threads):
         threads: Any = self._threads
         deadline = time.monotonic() + self.drain_time
 
-        def is_over() -> bool:
+        def is_drained() -> bool:
             return (threads.is_done() and not self.service.open_replies) or time.monotonic() >= deadline
 
         try:
             threads.shutdown(self.drain if self._is_over else 0)
-            threads.watch(self._act, is_over)
+            threads.watch(self._act, is_drained)
         finally:  # after a second Ctrl-C too
             threads.end()
             self.service.open_replies.drop_late(math.inf)
@@ -2775,9 +2774,6 @@ class UnixServer(ServerMixIn, _UnixBase):
         for _, kind, value in ancillary:
             if kind == SCM_CREDENTIALS:
                 credentials = value
-            elif kind == SCM_RIGHTS:  # which has no room there; should it get in all the same
-                for (descriptor,) in struct.iter_unpack("i", value[: len(value) // 4 * 4]):
-                    os.close(descriptor)
         return (view[:size].tobytes(), sock, (), credentials), address
 
 
