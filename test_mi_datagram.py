@@ -4264,7 +4264,7 @@ def test_stopping(folder, how, children):
             assert processes(path, len(pids)) == pids
             end(server, how, path)
             wait_until(lambda: not path.exists())
-            assert server.poll() is None  # it waits for the command
+            wait_until(lambda: process_state(server.pid)[0] == "S")  # it waits for the command
             if "twice" in how:
                 wait_until(lambda: server.poll() is not None or end(server, how, path))
                 assert server.returncode < 0
