@@ -3702,7 +3702,7 @@ def activated(passed, *arguments, count=1, **options):
 
 def values(socket_name, command, *arguments):
     """Run a command; give the values that it answers."""
-    with Client(str(socket_name)) as client:
+    with Client(str(socket_name), timeout=1000 * DEADLINE) as client:
         return [node.value for node in client.call(command, *arguments).nodes]
 
 
@@ -4356,11 +4356,12 @@ def test_log_writer(monkeypatch):
         while last not in said:
             assert select.select([reading], [], [], DEADLINE)[0]
             said += os.read(reading, 4096)
-        write("x", "%d is no number", "this")
         writer.flush()
+        write("x", "%d is no number", "this")
     assert re.findall(rb"(?:line|audit) \d+\n", said) == [
         *[b"line %d\n" % number for number in range(9)], *[b"audit %d\n" % number for number in range(5)]]
     assert b"26 log lines were lost" in said
+    writer.flush()
     os.close(writing)
     write("x", "lost")
     writer.flush()
