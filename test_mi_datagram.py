@@ -3536,11 +3536,13 @@ LITERALS = [  # a value as it stands in a file, and what it is
     (r'"a\tb\"c\\"', 'a\tb"c\\'),
 ]  # fmt: skip
 
-# Two values of each parameter; what the later ones do is easy to see.
+# Two values of each parameter, and what the later ones mean.
 EARLIER = {"socket_name": "./earlier", "unix_socket_mode": "0600", "reply_indent": "  ", "socket_buf_size": "60000",
            "pretty_printing": "no", "socket_timeout": "600000", "children_count": "1"}
 LATER = {"socket_name": "./s", "unix_socket_mode": "0640", "reply_indent": "\t ", "socket_buf_size": "300",
          "pretty_printing": "yes", "socket_timeout": "1", "children_count": "2"}
+MEANT = {"unix_socket_mode": 0o640, "reply_indent": "\t ", "socket_buf_size": 300, "pretty_printing": True,
+         "socket_timeout": 1}
 
 # The values of LATER, as they may stand in the configuration file of a SIP server.
 CONFIGURATION = r'''#!KAMAILIO
@@ -3690,14 +3692,8 @@ def hold_in_fork(name):
 # Passes on a socket as systemd does: as descriptor 3 of a process that keeps its PID.
 LAUNCHER = """import os, sys
 os.dup2(int(sys.argv[1]), 3)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2])
-os.execv(sys.executable, [sys.executable, "-m", "mi_datagram", *sys.argv[3:]])"""
-
-
-def activated(passed, *arguments, count=1, **options):
-    """Serve a socket that is passed as systemd does; the context manager of process()."""
-    command, descriptor = (sys.executable, "-c", LAUNCHER), passed.fileno()
-    return process(descriptor, count, *arguments, command=command, pass_fds=[descriptor], **options)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.executable, [sys.executable, "-m", "mi_datagram", *sys.argv[2:]])"""
 
 
 def values(socket_name, command, *arguments):
@@ -3788,9 +3784,8 @@ def ops():
 @contextlib.contextmanager
 def manager(name):
     """Have a socket for what a server tells its service manager; give it and the server's environment."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(name.replace("@", "\0"))
-        sock.settimeout(DEADLINE)
+    with bound_socket(name.replace("@", "\0")) as sock:
+        set_deadline(sock)
         yield sock, {"NOTIFY_SOCKET": name}
 
 
@@ -3910,27 +3905,13 @@ def written(form, parameters, folder):
     return ["--config", file]
 
 
-def shows_later(server, children_count):
-    """Show that a server has all parameters of LATER."""
-    path = Path("s")
-    assert [file for file in Path().iterdir() if file.is_socket()] == [path]
-    assert (stat.S_IMODE(path.stat().st_mode), children_count) == (0o640, 2)
-    with Client("./s") as client:
-        assert client.exchange(b":version:\n\n") == b"200 OK\nServer:: mi_datagram (%s)\n" % mi_datagram.__version__.encode()
-        assert client.exchange(b":help:\npwd\n") == b"200 OK\nUsage:: pwd\nHelp:: \n\t Tell the working directory.\n"
-        assert b"\n" in client.exchange(b'{"jsonrpc":"2.0","method":"pwd","id":1}')
-        assert client.exchange(b":help:\n" + 293 * b"x").startswith(b"404")
-        assert client.exchange(b":help:\n" + 294 * b"x") == b"400 request too long\n"
-    with post("s", b":pwd:\n") as silent:
-        for _ in range(QUEUE + 10):
-            silent.sendto(b":pwd:\n", "s")
-        wait_until(lambda: count(server, "dropped_unread"))  # after socket_timeout
-
-
 @pytest.mark.parametrize("earlier, later", [("_", "-"), ("-", "file"), ("file", "_"), ("file", "file"), ("_", "SIP server's")])
 def test_last_value_wins(folder, served, earlier, later):
     """Every parameter works with _, with - and in a file, where what is none of ours is left out; its last value counts."""
-    *warnings, listening = served(shows_later, *written(earlier, EARLIER, folder), *written(later, LATER, folder))
+    def ask(server, children_count):
+        assert (server.socket_name, children_count) == (f"{folder}/s", 2) and MEANT.items() <= server.parameters.items()
+
+    *warnings, listening = served(ask, *written(earlier, EARLIER, folder), *written(later, LATER, folder))
     assert "listening" in listening and len(warnings) == (2 if later == "SIP server's" else 0)
     assert all(word in warning for word, warning in zip(("trace_destination", "#!if"), warnings))
 
@@ -4248,10 +4229,7 @@ mi_datagram.UnixServer.remove_file = remove_file
     *[(3, how) for how in ("SIGTERM", "kill", "Ctrl-C", "SIGTERM twice")],
 ])
 def test_stopping(folder, how, children):
-    """SIGHUP never changes anything; told to end, a server lets the running command reply; told again, it ends at once.
-
-    What comes before the socket file is gone, in a burst, is the same as once.
-    """
+    """Told to end, once or in a burst, a server lets the running command reply; later, at once; SIGHUP is nothing to it."""
     path, held = folder / "s", folder / "held"
     arguments = ["--children_count", children, "--socket_timeout", "600000"]  # so that nobody is killed for being late
     load = BURST if how == "burst" else ""
@@ -4320,13 +4298,9 @@ def test_stderr_that_nobody_reads(folder, children, number):
 
 @pytest.mark.parametrize("redirection, children", [("2>/dev/full", 2), ("2>&-", 1), (">&- 2>&- <&-", 2)])
 def test_nobody_to_tell(folder, redirection, children):
-    """It serves also where stderr is closed or a full disk, and where the service manager is gone or another process's.
-
-    No descriptor of ours is taken for stderr.
-    """
-    environment = {"NOTIFY_SOCKET": "/nonexistent/notify", "LISTEN_PID": "1", "LISTEN_FDS": "1"}
-    arguments = ["--children_count", children]
-    with ops_process(folder, *arguments, command=redirected(redirection), env=environment) as server:
+    """It serves where stderr is full, or closed, when no socket is taken for it, and where its manager is gone."""
+    env = {"NOTIFY_SOCKET": "/nonexistent/notify", "LISTEN_PID": "1", "LISTEN_FDS": "1"}  # gone, and another process's
+    with ops_process(folder, "--children_count", children, command=redirected(redirection), env=env) as server:
         wait_until(lambda: server.poll() is not None or (folder / "s").exists())
         assert values(folder / "s", "echo", "a") == ["a"]
         assert not os.readlink(f"/proc/{server.pid}/fd/2").startswith("socket")
@@ -4388,10 +4362,7 @@ def test_ended_as_soon_as_started(folder):
 
 
 def test_children(folder):
-    """All children answer, also while one is busy; the parent serves nothing and does nothing.
-
-    Statistics, their reset and the log level are those of all, whichever is asked, also where another was before.
-    """
+    """All children answer, and as one, while one is busy and after one was replaced; the parent does nothing."""
     path = folder / "s"
     with ops_process(folder, "--children_count", 3) as server:
         parent, *children = processes(path, 4)
@@ -4529,10 +4500,7 @@ def test_killed_parent(folder):
     (["--socket_name", "udp:127.0.0.1:0", "--allow_network", "10.0.0.0/8"], False),
 ])  # fmt: skip
 def test_whom_the_command_line_lets_in(main, served, arguments, allowed):
-    """The peers of --allow_network and --allow_user are let in, those of no other; a UNIX peer is told so.
-
-    The server says where it listens.
-    """
+    """Where the server says that it listens, the peers of --allow_... are let in, no others; a UNIX peer is told so."""
     def ask(server, _):
         is_silent = isinstance(server.server_address, tuple) and not allowed
         done = main("call", "-s", server.socket_name, "--timeout", 50 if is_silent else 1000 * DEADLINE, "pwd")
@@ -4566,10 +4534,7 @@ def inner():
 
 @pytest.mark.parametrize("host, children", [("", 1), ("127.0.0.1", 1), ("::1", 2)])
 def test_passed_socket(folder, host, children):
-    """A socket that systemd opened is served; its file and mode stay, and the manager hears that it is ready.
-
-    What the server starts has neither the socket nor what the environment says of it.
-    """
+    """A socket that systemd opened is served, with its file and mode, and passed on to nobody; systemd hears READY=1."""
     path, inner = folder / "s", folder / "inner.py"
     inner.write_text(INNER)
     notify = str(folder / "notify") if children == 1 else f"@{folder}"
@@ -4579,7 +4544,9 @@ def test_passed_socket(folder, host, children):
         host or path.chmod(0o604)
         allow = ["--allow_network", host] if host else ["--allow_user", os.getuid()]
         socket_name = f"udp:{host}:{passed.getsockname()[1]}" if host else str(path)
-        with activated(passed, "--load", inner, "--children_count", children, *allow, env=env) as server:
+        arguments = [passed.fileno(), "--load", inner, "--children_count", children, *allow]
+        command = (sys.executable, "-c", LAUNCHER)
+        with process(*arguments, command=command, pass_fds=arguments[:1], env=env) as server:
             passed.close()
             assert notices.recv(100) == b"READY=1"
             assert processes(socket_name, 1 if children == 1 else 3)[0] == server.pid
@@ -5071,7 +5038,7 @@ import os
 open("ops.py", "w").write("import mi_datagram; mi = mi_datagram.Interface(core=())\\n"
     "@mi.command\\ndef store(name: str, value: str): return {name: value}\\n")
 os.dup2(os.open("log", os.O_CREAT | os.O_WRONLY), 2)
-sys.argv[2:] = ["1", "--load", "ops.py"]
+sys.argv[2:] = ["--load", "ops.py"]
 """ + LAUNCHER
 CORES = sorted(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))  # the first is the server's, the last the client's
 
