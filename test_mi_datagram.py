@@ -3516,11 +3516,12 @@ def note(number):
 
 WRONG = [  # words of the command line that cannot be served, the file `f` beside, and words of the one line about them
     *[(words, "", words[2:].split()[:2]) for words in (
-        "--socket_name udp:127.0.0.1:-1", "--socket_name ./regular/s", "--socket_name ./taken", "--unix_socket_mode 1777",
-        "--children_count 0", "--config missing.cfg", "--config folder", "--load missing.py", "--load no_such_module:mi",
+        "--socket_name udp:127.0.0.1:-1", "--socket_name ./file/s", "--socket_name ./taken", "--unix_socket_mode 1777",
+        "--children_count 0", "--config missing.cfg", "--config folder", "--load missing.py", "--load no_module:mi",
         "--allow_network 10.0.0.0/33 -s udp:127.0.0.1:0", "--allow_user no-such-name",
     )],
-    *[(words, "", ["allow_network is for UDP"]) for words in ("--allow_network ::", "--allow_user 0 -s udp:127.0.0.1:0")],
+    ("--allow_network ::", "", ["allow_network is for UDP"]),
+    ("--allow_user 0 -s udp:127.0.0.1:0", "", ["allow_user for a UNIX socket"]),
     *[("--config f", f'modparam("mi_datagram", "{name}", {value})', [name, said]) for name, value, said in (
         ("socket_name", "1", "1"), ("unix_socket_mode", "660", "660"), ("unix_socket_mode", "09", "f:1"),
         ("unix_socket_user", '"\\""', "'\"'"), ("reply_indent", '"\\n"', r"\n"), ("socket_timeout", "soon", "f:1"),
@@ -3614,10 +3615,11 @@ WRONG_CALLS = [  # wrong words of the command line, and what the one line about 
     (["--nonsense"], "--nonsense"), (["shell", "uptime"], "did you mean `call uptime`?"), (["--config"], "--config"),
 ]
 
-CANNOT_SERVE = [  # what ends the children that start while there is a file `bad`, what the log says, whether the first do
+CANNOT_SERVE = [  # what ends children that start while there is a file `bad`, what the log says, whether the first do
     ("os.register_at_fork(after_in_child=lambda: os.path.exists('bad') and os._exit(7))", "before it could serve", True),
     ("start = mi_datagram.UnixServer.start\n"
-     "mi_datagram.UnixServer.start = lambda self: 1 / 0 if os.path.exists('bad') else start(self)", "before it could serve", False),
+     "mi_datagram.UnixServer.start = lambda self: 1 / 0 if os.path.exists('bad') else start(self)",
+     "before it could serve", False),
     ("import resource as r\nos.register_at_fork("
      "after_in_child=lambda: os.path.exists('bad') and r.setrlimit(r.RLIMIT_NOFILE, (3, 3)))", "Too many open files", False),
 ]
@@ -3853,7 +3855,7 @@ class Terminal:
 
 @pytest.fixture
 def served(main, monkeypatch, folder):
-    """Give a function that has the command line serve in this process and in FOLDER, while ASK(server, children_count) runs."""
+    """Give a function that has the command line serve in this process and FOLDER while ASK(server, children) runs."""
     monkeypatch.chdir(folder)
 
     def served(ask, *words):
@@ -3872,11 +3874,11 @@ def served(main, monkeypatch, folder):
 
 @pytest.mark.parametrize("words, text, said", WRONG)
 def test_what_cannot_be_served_is_one_line(folder, main, monkeypatch, caplog, words, text, said):
-    """A wrong value, also in a file, and what cannot be loaded is one line that names it and exit status 2; nothing changes."""
+    """A wrong value, also in a file, or what cannot be loaded is one line that names it, exit status 2, and no more."""
     (folder / "folder").mkdir()
     (folder / "copied").mkdir()
     shutil.copy(MODULE, folder / "copied")
-    (folder / "regular").write_text("of value")
+    (folder / "file").write_text("of value")
     (folder / ("f.py" if "f.py" in words else "f")).write_text(text)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -3905,9 +3907,11 @@ def written(form, parameters, folder):
     return ["--config", file]
 
 
-@pytest.mark.parametrize("earlier, later", [("_", "-"), ("-", "file"), ("file", "_"), ("file", "file"), ("_", "SIP server's")])
+@pytest.mark.parametrize("earlier, later", [
+    ("_", "-"), ("-", "file"), ("file", "_"), ("file", "file"), ("_", "SIP server's"),
+])
 def test_last_value_wins(folder, served, earlier, later):
-    """Every parameter works with _, with - and in a file, where what is none of ours is left out; its last value counts."""
+    """Every parameter works with _, with - and in a file, beside what is none of ours there; its last value counts."""
     def ask(server, children_count):
         assert (server.socket_name, children_count) == (f"{folder}/s", 2) and MEANT.items() <= server.parameters.items()
 
@@ -3939,7 +3943,7 @@ def test_times_in_the_log():
 
 @pytest.mark.parametrize("options", [[], ["-v"]])
 def test_load_and_log(folder, options):
-    """Files and modules are merged, with all core commands and one CommandError; the log has who changes what, with -v errors."""
+    """Files and modules are merged, and have all core commands; the log has who ran what, and with -v the errors."""
     (folder / "pack").mkdir()
     third = OPS.replace("def ", "def third_").replace("Interface()", "Interface(core=())")
     (folder / "pack" / "three.py").write_text(third)
@@ -3979,8 +3983,8 @@ def test_two_copies_of_two_versions_serve_in_one_process(folder):
     (folder / "copied" / "mi_datagram.py").write_text(text, encoding="utf-8")
     code = """
 from copied import mi_datagram as one; import mi_datagram as two
-with one.Interface().server("./1") as a, two.Interface().server("./2") as b, one.Client("./2") as c, two.Client("./1") as d:
-    print(c.call_json("version"), d.call_json("version"))
+with one.Interface().server("./1"), two.Interface().server("./2"):
+    print(one.Client("./2").call_json("version"), two.Client("./1").call_json("version"))
 """
     done = run(sys.executable, "-W", "error", "-c", code, cwd=folder)
     versions = [{"Server": f"mi_datagram ({version})"} for version in (mi_datagram.__version__, "0")]
@@ -4229,7 +4233,7 @@ mi_datagram.UnixServer.remove_file = remove_file
     *[(3, how) for how in ("SIGTERM", "kill", "Ctrl-C", "SIGTERM twice")],
 ])
 def test_stopping(folder, how, children):
-    """Told to end, once or in a burst, a server lets the running command reply; later, at once; SIGHUP is nothing to it."""
+    """Told to end, once or in a burst, a server lets the running command reply; later, at once; SIGHUP does nothing."""
     path, held = folder / "s", folder / "held"
     arguments = ["--children_count", children, "--socket_timeout", "600000"]  # so that nobody is killed for being late
     load = BURST if how == "burst" else ""
@@ -4309,7 +4313,7 @@ def test_nobody_to_tell(folder, redirection, children):
 
 
 def test_log_writer(monkeypatch):
-    """Lines wait in their order; beyond a bound they are lost, those of the audit last; at the end it waits for them."""
+    """Lines wait in their order; beyond a bound they are lost, those of the audit last; the end waits for them."""
     reading, writing = small_pipe()
     for name, value in {"STDERR": writing, "LOG_QUEUE": 10, "AUDIT_QUEUE": 15, "LOG_DEADLINE": 0.1}.items():
         monkeypatch.setattr(mi_datagram, name, value)
@@ -4411,7 +4415,7 @@ def test_pauses_before_children_that_die_young(folder):
 
 @pytest.mark.parametrize("number, hook, why, deaths", DEATHS, ids=["fork", "told", "fails"])
 def test_child_that_died_is_replaced(folder, number, hook, why, deaths):
-    """Of a child that served, and dies or is ended, another takes the place, once one can be had; the others serve on."""
+    """Another child takes the place of one that served and dies, once one can be had; the others serve on."""
     with ops_process(folder, "--children_count", 2, load=hook, fails=True) as server:
         killed = int(values(folder / "s", "who")[0])  # one that dies before it has served would end the server
         kill(killed, number)
@@ -4425,7 +4429,7 @@ def test_child_that_died_is_replaced(folder, number, hook, why, deaths):
 
 @pytest.mark.parametrize("hook, why, is_first", CANNOT_SERVE)
 def test_child_that_cannot_serve(folder, hook, why, is_first):
-    """A child that ends before it served, one in a dead child's place too, ends the server: it says why, and exits with 1."""
+    """A child that ends before it served, also in a dead one's place, ends the server: it says why and exits with 1."""
     bad = folder / "bad"
     if is_first:
         bad.touch()
@@ -4534,7 +4538,7 @@ def inner():
 
 @pytest.mark.parametrize("host, children", [("", 1), ("127.0.0.1", 1), ("::1", 2)])
 def test_passed_socket(folder, host, children):
-    """A socket that systemd opened is served, with its file and mode, and passed on to nobody; systemd hears READY=1."""
+    """A socket of systemd is served, with its file and mode as they are, and passed on to nobody; it hears READY=1."""
     path, inner = folder / "s", folder / "inner.py"
     inner.write_text(INNER)
     notify = str(folder / "notify") if children == 1 else f"@{folder}"
@@ -4560,7 +4564,7 @@ REFUSE = """
 import os, socket, mi_datagram
 unix, datagram = socket.AF_UNIX, socket.SOCK_DGRAM
 for count, family, kind, name in [
-    (2, unix, datagram, "./s"), (1, unix, socket.SOCK_STREAM, "./t"), (1, unix, datagram, "\\0mi-test.%d" % os.getpid()),
+    (2, unix, datagram, "./s"), (1, unix, socket.SOCK_STREAM, "./t"), (1, unix, datagram, "\\0mi-%d" % os.getpid()),
     (1, socket.AF_NETLINK, datagram, (0, 0)), (1, None, None, None),
 ]:
     passed = os.open(os.devnull, os.O_RDONLY)
@@ -5040,7 +5044,7 @@ open("ops.py", "w").write("import mi_datagram; mi = mi_datagram.Interface(core=(
 os.dup2(os.open("log", os.O_CREAT | os.O_WRONLY), 2)
 sys.argv[2:] = ["--load", "ops.py"]
 """ + LAUNCHER
-CORES = sorted(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))  # the first is the server's, the last the client's
+CORES = sorted(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))  # the server's first
 
 
 def differing(request):
@@ -5048,7 +5052,8 @@ def differing(request):
     return [request.replace(b"%d", b"%d" % number) for number in range(8192)]
 
 
-POSITIONAL, NAMED = differing(b":store:\nname%d\nvalue number %d\n"), differing(b":store:\nname%d\nvalue::value number %d\n")
+POSITIONAL = differing(b":store:\nname%d\nvalue number %d\n")
+NAMED = differing(b":store:\nname%d\nvalue::value number %d\n")
 CASES = [  # of each row its program, its requests, and the floor: its rate as a share of the echo loop's
     ("bare echo", ECHO, NAMED, 0), ("asyncio's bare echo", ASYNCIO_ECHO, NAMED, 0),
     ("stock threading", STOCK, POSITIONAL, 0), ("line", OURS, NAMED, 0.35),
@@ -5061,15 +5066,17 @@ NOISE = 0.85  # of a floor, below which it is not noise
 
 @contextlib.contextmanager
 def measured(program, address):
-    """Have a program serve ADDRESS on the first core, this process be on the last; return what load() needs, once it replies."""
+    """Have a program serve ADDRESS on the first core, and this process on the last; return what load() needs."""
     os.sched_setaffinity(0, {CORES[-1]})
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(address)
-        code = f"import os, socket, sys\nos.sched_setaffinity(0, {{{CORES[0]}}})\nsock = socket.socket(fileno=int(sys.argv[1]))\n"
+        code = f"import os, socket, sys\nos.sched_setaffinity(0, {{{CORES[0]}}})\n"
+        code += "sock = socket.socket(fileno=int(sys.argv[1]))\n"
         command = [sys.executable, "-c", code + program, str(sock.fileno())]
         with subprocess.Popen(command, pass_fds=[sock.fileno()]) as popen:
             try:
-                server = types.SimpleNamespace(pid=popen.pid, server_address=sock.getsockname(), address_family=sock.family)
+                where = {"server_address": sock.getsockname(), "address_family": sock.family}
+                server = types.SimpleNamespace(pid=popen.pid, **where)
                 ask(server, POSITIONAL[0])
                 yield server
             finally:
