@@ -3615,13 +3615,12 @@ WRONG_CALLS = [  # wrong words of the command line, and what the one line about 
     (["--nonsense"], "--nonsense"), (["shell", "uptime"], "did you mean `call uptime`?"), (["--config"], "--config"),
 ]
 
-CANNOT_SERVE = [  # what ends children that start while there is a file `bad`, what the log says, whether the first do
-    ("os.register_at_fork(after_in_child=lambda: os.path.exists('bad') and os._exit(7))", "before it could serve", True),
+CANNOT_SERVE = [  # what ends children before they serve, some once there is a file `bad`, and what the log says of it
+    ("os.register_at_fork(after_in_child=lambda: os._exit(7))", "before it could serve"),
     ("start = mi_datagram.UnixServer.start\n"
-     "mi_datagram.UnixServer.start = lambda self: 1 / 0 if os.path.exists('bad') else start(self)",
-     "before it could serve", False),
+     "mi_datagram.UnixServer.start = lambda self: 1 / 0 if os.path.exists('bad') else start(self)", "before it could"),
     ("import resource as r\nos.register_at_fork("
-     "after_in_child=lambda: os.path.exists('bad') and r.setrlimit(r.RLIMIT_NOFILE, (3, 3)))", "Too many open files", False),
+     "after_in_child=lambda: os.path.exists('bad') and r.setrlimit(r.RLIMIT_NOFILE, (3, 3)))", "Too many open files"),
 ]
 DEATHS = [  # the signal to a child that serves, what happens then, what the log says, and how many die
     (signal.SIGKILL, """
@@ -4340,11 +4339,16 @@ def test_log_writer(monkeypatch):
         *[b"line %d\n" % number for number in range(9)], *[b"audit %d\n" % number for number in range(5)]]
     assert b"26 log lines were lost" in said
     writer.flush()
-    os.close(writing)
+    os.close(reading)
     write("x", "lost")
     writer.flush()
-    assert b"lost" not in os.read(reading, 4096) + os.read(reading, 1)
-    os.close(reading)
+    reading, other = os.pipe()
+    os.dup2(other, writing)
+    write("x", "seen")
+    writer.flush()
+    assert b"mi_datagram: 1 log lines were lost\n" in os.read(reading, 4096)
+    for descriptor in (reading, other, writing):
+        os.close(descriptor)
 
 
 def test_ended_as_soon_as_started(folder):
@@ -4427,17 +4431,14 @@ def test_child_that_died_is_replaced(folder, number, hook, why, deaths):
         assert server.wait(DEADLINE) == 0
 
 
-@pytest.mark.parametrize("hook, why, is_first", CANNOT_SERVE)
-def test_child_that_cannot_serve(folder, hook, why, is_first):
+@pytest.mark.parametrize("hook, why", CANNOT_SERVE, ids=["exits", "raises", "limited"])
+def test_child_that_cannot_serve(folder, hook, why):
     """A child that ends before it served, also in a dead one's place, ends the server: it says why and exits with 1."""
-    bad = folder / "bad"
-    if is_first:
-        bad.touch()
     with ops_process(folder, "--children_count", 2, load=hook, fails=True) as server:
-        if not is_first:
-            _, *children = processes(folder / "s")
-            bad.touch()
-            os.kill(children[1], signal.SIGKILL)
+        if "bad" in hook:
+            _, child, _ = processes(folder / "s")
+            (folder / "bad").touch()
+            os.kill(child, signal.SIGKILL)
         assert server.wait(DEADLINE) == 1
         wait_until(lambda: why in "".join(server.log))
 
