@@ -4447,14 +4447,19 @@ def test_child_that_cannot_serve(folder, hook, why):
         wait_until(lambda: why in "".join(server.log))
 
 
-def test_halted_child(folder):
-    """A child that does not end when it is told to is killed, once it has had the time to; its file goes too."""
+@pytest.mark.parametrize("halted", ["parent", "child"])
+def test_signal_to_all_where_one_is_halted(folder, halted):
+    """A child that does not end in time is killed; a parent may hear first that its children ended."""
     load = "mi_datagram.SOCKET_TIMEOUT = mi_datagram.LOG_DEADLINE = 0.1"
     with ops_process(folder, "--children_count", 2, "--socket_timeout", 1, load=load) as server:
-        _, child, _ = processes(folder / "s")
-        os.kill(child, signal.SIGSTOP)
-        server.terminate()
+        parent, *children = processes(folder / "s")
+        os.kill(parent if halted == "parent" else children[0], signal.SIGSTOP)
+        os.killpg(server.pid, signal.SIGTERM)
+        if halted == "parent":
+            wait_until(lambda: {process_state(pid)[0] for pid in children} == {"Z"})
+            server.send_signal(signal.SIGCONT)
         assert server.wait(DEADLINE) == 0
+    assert not any("takes its place" in line for line in server.log)
 
 
 def test_sigterm_under_load(folder):
@@ -4474,18 +4479,6 @@ def test_sigterm_under_load(folder):
         assert server.returncode == 0
     taken = (folder / "notes").read_text().split()
     assert sorted(replies) == sorted([f"200 OK\n{number}\n" for number in taken])
-
-
-def test_children_gone_before_the_parent_was_told(folder):
-    """A signal to the process group ends the server also where the parent first hears that its children ended."""
-    with ops_process(folder, "--children_count", 2) as server:
-        children = processes(folder / "s")[1:]
-        server.send_signal(signal.SIGSTOP)
-        os.killpg(server.pid, signal.SIGTERM)
-        wait_until(lambda: {process_state(pid)[0] for pid in children} == {"Z"})
-        server.send_signal(signal.SIGCONT)
-        assert server.wait(DEADLINE) == 0
-    assert not any("takes its place" in line for line in server.log)
 
 
 def test_killed_parent(folder):
