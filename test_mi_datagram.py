@@ -3522,6 +3522,7 @@ WRONG = [  # words of the command line that cannot be served, the file `f` besid
     )],
     ("--allow_network ::", "", ["allow_network is for UDP"]),
     ("--allow_user 0 -s udp:127.0.0.1:0", "", ["allow_user for a UNIX socket"]),
+    ("--allow_user 0", "", ["allow_user", "does not tell who a peer is"]),
     *[("--config f", f'modparam("mi_datagram", "{name}", {value})', [name, said]) for name, value, said in (
         ("socket_name", "1", "1"), ("unix_socket_mode", "660", "660"), ("unix_socket_mode", "09", "f:1"),
         ("unix_socket_user", '"\\""', "'\"'"), ("reply_indent", '"\\n"', r"\n"), ("socket_timeout", "soon", "f:1"),
@@ -3881,6 +3882,8 @@ def test_what_cannot_be_served_is_one_line(folder, main, monkeypatch, caplog, wo
     (folder / ("f.py" if "f.py" in words else "f")).write_text(text)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    if words == "--allow_user 0":  # which would let in nobody
+        monkeypatch.setattr(mi_datagram, "SO_PASSCRED", 0)
     with bound_socket(folder / "taken"):
         before = contents(folder)
         done = main(*words.split())
@@ -3917,16 +3920,6 @@ def test_last_value_wins(folder, served, earlier, later):
     *warnings, listening = served(ask, *written(earlier, EARLIER, folder), *written(later, LATER, folder))
     assert "listening" in listening and len(warnings) == (2 if later == "SIP server's" else 0)
     assert all(word in warning for word, warning in zip(("trace_destination", "#!if"), warnings))
-
-
-def test_default_socket(folder, main, served):
-    """Without a name the server says which it uses, and `call` asks there too."""
-    def ask(server, _):
-        done = main("call", "pwd")
-        assert (done.stdout, os.listdir(folder)) == (f"WD:: {folder}\n", ["mi_datagram.sock"])
-        assert "no socket_name given, using ./mi_datagram.sock\n" in done.stderr
-
-    served(ask)
 
 
 def test_times_in_the_log():
@@ -4222,7 +4215,6 @@ def remove_file(self, remove=mi_datagram.UnixServer.remove_file):
     mi_datagram.UnixServer.remove_file = remove
     os.kill(os.getpid(), signal.SIGTERM)
     remove(self)
-
 mi_datagram.UnixServer.remove_file = remove_file
 """
 
@@ -4496,50 +4488,37 @@ def test_killed_parent(folder):
 # ---- who is asking
 
 
-@pytest.mark.parametrize("arguments, allowed", [
-    (["--allow_user", os.getuid()], True), (["--allow_user", os.getuid() + 1], False),
-    (["--allow_user", os.getuid() + 1, "--allow-user", os.getuid()], True),
-    (["--socket_name", "udp:127.0.0.1:0", "--allow_network", "127.0.0.0/8"], True),
-    (["--socket_name", "udp:127.0.0.1:0", "--allow_network", "10.0.0.0/8"], False),
+@pytest.mark.parametrize("name, allow, allowed", [
+    ([], ["--allow_user", os.getuid()], True), ([], ["--allow_user", os.getuid() + 1], False),
+    (["-s", "./s"], ["--allow_user", os.getuid() + 1, "--allow-user", os.getuid()], True),
+    (["-s", "udp:127.0.0.1:0"], ["--allow_network", "127.0.0.0/8"], True),
+    (["-s", "udp:127.0.0.1:0"], ["--allow_network", "10.0.0.0/8"], False),
 ])  # fmt: skip
-def test_whom_the_command_line_lets_in(main, served, arguments, allowed):
-    """Where the server says that it listens, the peers of --allow_... are let in, no others; a UNIX peer is told so."""
+def test_whom_the_command_line_lets_in(folder, main, served, name, allow, allowed):
+    """Where the server says that it listens, by default where `call` asks by default, it lets in whom it is told."""
     def ask(server, _):
         is_silent = isinstance(server.server_address, tuple) and not allowed
-        done = main("call", "-s", server.socket_name, "--timeout", 50 if is_silent else 1000 * DEADLINE, "pwd")
-        assert done.returncode == (0 if allowed else 3 if is_silent else 1)
-        assert ("403 Forbidden" in done.stderr) is (not allowed and not is_silent)
-        assert done.stderr.startswith(f"mi_datagram: listening on {server.socket_name}\n")
+        asked = name and ["-s", server.socket_name]
+        done = main("call", *asked, "--timeout", 50 if is_silent else 1000 * DEADLINE, "pwd")
+        code, stdout = (0, f"WD:: {folder}\n") if allowed else (3 if is_silent else 1, "")
+        assert (done.returncode, done.stdout) == (code, stdout) and ("403 Forbidden" in done.stderr) is (code == 1)
+        assert f"mi_datagram: listening on {server.socket_name}\n" in done.stderr
+        assert name or done.stderr.startswith("mi_datagram: no socket_name given, using ./mi_datagram.sock\n")
         wait_until(lambda: count(server, "forbidden") == (not allowed))
 
-    served(ask, "--socket_name", "./s", *arguments)
-
-
-def test_users_that_cannot_be_known(main, monkeypatch):
-    """--allow_user is refused in one line where the system does not tell who a peer is: it would let in nobody."""
-    monkeypatch.setattr(mi_datagram, "SO_PASSCRED", 0)
-    done = main("--socket_name", "./s", "--allow_user", 0)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "allow_user" in done.stderr
+    served(ask, *name, *allow)
 
 
 # ---- systemd
-
-
-INNER = """
-import subprocess, mi_datagram
-mi = mi_datagram.Interface()
-
-@mi.command
-def inner():
-    return subprocess.run("ls -l /proc/self/fd; env", shell=True, close_fds=False, capture_output=True).stdout
-"""
 
 
 @pytest.mark.parametrize("host, children", [("", 1), ("127.0.0.1", 1), ("::1", 2)])
 def test_passed_socket(folder, host, children):
     """A socket of systemd is served, its file and mode stay, nobody inherits it, and systemd hears READY=1."""
     path, inner = folder / "s", folder / "inner.py"
-    inner.write_text(INNER)
+    inner.write_text(
+        "import subprocess, mi_datagram\nmi = mi_datagram.Interface()\n@mi.command\ndef inner():\n"
+        "    return subprocess.run('ls -l /proc/self/fd; env', shell=True, close_fds=False, stdout=-1).stdout\n")
     notify = str(folder / "notify") if children == 1 else f"@{folder}"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET if host else socket.AF_UNIX
     with socket.socket(family, socket.SOCK_DGRAM) as passed, manager(notify) as (notices, env):
