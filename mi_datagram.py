@@ -3272,8 +3272,9 @@ class Supervisor:
         patience = self.server.drain_time + LOG_DEADLINE + 0.5
         deadline = time.monotonic() + patience
         signal.setitimer(signal.ITIMER_REAL, patience, 0.1)
-        while self.running:  # an earlier SIGALRM is of supervise()
-            if next(self.signals.numbers) == signal.SIGALRM and time.monotonic() >= deadline:  # they had their time
+        while self.running:
+            next(self.signals.numbers)
+            if time.monotonic() >= deadline:
                 self.kill(signal.SIGKILL)
             self.reap()
         self.server.stop()
@@ -3395,7 +3396,7 @@ def read_modparams(text: str, file: str) -> list[tuple[str, Any]]:
             value = re.sub(r"\\(.)", lambda escape: _ESCAPES.get(escape[1], escape[1]), value[1:-1])
         else:
             try:
-                value = int(re.sub(r"^(-?)0(?=\d)", r"\g<1>0o", value), 0)  # 010 is 0o10 to Python
+                value = int(value, 8 if re.match(r"-?0\d", value) else 0)
             except ValueError:
                 line = text.count("\n", 0, match.start()) + 1
                 raise ParameterError(f"{file}:{line}: {name} {value}: a string or a number is allowed") from None
