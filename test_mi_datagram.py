@@ -1794,6 +1794,15 @@ def flood(sock, address):
     return address
 
 
+@contextlib.contextmanager
+def full_buffer(sock):
+    """Fill the send buffer of a socket; give the client that reads nothing."""
+    with bound_socket("") as silent:
+        silent.connect(sock.getsockname())  # or else its own queue would be full first
+        flood(sock, silent.getsockname())
+        yield silent
+
+
 def drops(outbox):
     kinds = "unread", "gone", "unbound", "errors", "denied"
     return {kind: number for kind in kinds if (number := count(outbox.mi, f"dropped_{kind}"))}
@@ -1814,9 +1823,7 @@ def test_reply_waits_for_its_client(outbox, waits):
 
 def test_overflow_socket(outbox):
     """While the bound socket's buffer is full a one-off socket reaches who is not connected; nothing stays open."""
-    with bound_socket("") as silent, bound_socket("") as client:
-        silent.connect(outbox.sock.getsockname())  # or else its own queue would be full first
-        flood(outbox.sock, silent.getsockname())
+    with full_buffer(outbox.sock) as silent, bound_socket("") as client:
         before = os.listdir("/proc/self/fd")
         for reply in (b"reply", b"x" * 300_000):
             outbox.send(client.getsockname(), reply)
@@ -2591,17 +2598,16 @@ def test_request_that_is_over_may_come_again_at_once(command):
 def test_reply_that_the_kernel_refuses(outbox, folder, caplog, befall, reason, reason_if_full, is_full):
     """It is dropped, logged and counted by its reason, from the bound socket and from a one-off one."""
     path, expected = str(folder / "client"), reason_if_full if is_full else reason
-    with bound_socket(path) as sock, unread(outbox, connected=True) if is_full else contextlib.nullcontext():
-        address = types.SimpleNamespace(getsockname=lambda: path)
-        in_thread(lambda: befall(sock) or outbox.send(address)).join(DEADLINE)
+    with bound_socket(path) as sock, full_buffer(outbox.sock) if is_full else contextlib.nullcontext():
+        in_thread(lambda: befall(sock) or outbox.send(path)).join(DEADLINE)
     assert drops(outbox) == {expected: 1} and path in caplog.text
     assert ("not writable" in caplog.text) is (expected == "denied")
 
 
 def test_no_descriptor_for_a_reply(outbox):
     """Where a reply needs a socket of its own and there is none to be had, it is dropped and counted."""
-    with unread(outbox, connected=True), bound_socket("") as client, no_descriptors():
-        outbox.send(client)
+    with full_buffer(outbox.sock), bound_socket("") as client, no_descriptors():
+        outbox.send(client.getsockname())
     assert drops(outbox) == {"errors": 1}
 
 
