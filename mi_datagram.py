@@ -751,15 +751,19 @@ class Command:
 
 
 class Counter:
-    """A statistic that counts, right from any thread."""
+    """A statistic that counts, right from any thread, signal handler and forked process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.renew_lock()
+        _counters.add(self)
         self._others = 0  # all that add() counted, less what was there at the last reset, less our looks at _ones
         # Each request counts two: a step of this iterator is one step of the interpreter, which needs no lock.
         self._ones = itertools.count()
         has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
         self.add_one: Callable[[], object] = self._ones.__next__ if has_gil else self.add
+
+    def renew_lock(self) -> None:
+        self._lock = threading.RLock()  # as a signal handler may count while its thread does
 
     def add(self, amount: int = 1) -> None:
         """Count AMOUNT more."""
@@ -774,6 +778,11 @@ class Counter:
         with self._lock:
             self._others -= 1
             return next(self._ones) + self._others + 1
+
+
+_counters: weakref.WeakSet[Counter] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):  # a lock that another thread holds then is released by nobody in the child
+    os.register_at_fork(after_in_child=lambda: [*map(Counter.renew_lock, _counters)])
 
 
 # -------------------------------------------------------------------- calls ----

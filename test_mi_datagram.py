@@ -1281,6 +1281,26 @@ def test_counters_made_by_several_threads(switching):
     assert all([mi.statistics[f"made:c{number}"]() == 3 for number in range(400)])
 
 
+def test_counter_that_is_held():
+    """A forked process and a signal handler count, though a thread of the parent, or their own, is at that counter."""
+    counter, held, go = interface().counter("cache:hits"), threading.Event(), threading.Event()
+    counter._ones = iter(lambda: held.set() or go.wait(DEADLINE), None)
+    reader = in_thread(counter)
+    assert held.wait(DEADLINE)
+    child = os.fork()
+    if not child:
+        signal.alarm(DEADLINE)  # which ends it
+        counter.add()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    go.set()
+    reader.join()
+    counter._ones = iter(lambda: counter.add() or 7, None)  # as a signal handler does between two steps
+    reader = in_thread(counter)
+    reader.join(DEADLINE)
+    assert not reader.is_alive() and counter._others == -1
+
+
 @pytest.mark.parametrize("statistic", COUNTED)
 def test_each_kind_of_error_is_counted(statistic):
     """An error counts as one of its kind and as nothing else, in both dialects."""
