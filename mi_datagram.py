@@ -203,6 +203,10 @@ def escape_control_characters(text: str) -> str:
     return "".join([c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text])
 
 
+def _run_here(function: Callable[..., object], *arguments: Any) -> None:
+    function(*arguments)
+
+
 class LogLimit:
     """Bounds the log of what peers cause: LOG_LINES a second of each kind, then one line that says how many more."""
 
@@ -219,14 +223,14 @@ class LogLimit:
         second[1] += 1
         return second[1] <= LOG_LINES
 
-    def tell(self, at_once: bool = False) -> float:
-        """Write how many were left out in the seconds that are over, or in all; return when there is more to tell."""
+    def tell(self, at_once: bool = False, run: Callable[..., object] = _run_here) -> float:
+        """Have RUN write how many were left out in the seconds that are over, or in all; return when there is more."""
         now = math.inf if at_once else self._clock()
         ends = [math.inf]
         for kind, (end, count) in list(self._seconds.items()):
             if end <= now:
                 if self._seconds.pop(kind, None) and count > LOG_LINES:  # None: another thread tells it
-                    _note(logging.WARNING, "%s: %d more in this second", kind, count - LOG_LINES)
+                    run(_note, logging.WARNING, "%s: %d more in this second", kind, count - LOG_LINES)
             elif count > LOG_LINES:
                 ends.append(end)
         return min(ends)
@@ -846,18 +850,22 @@ class OpenReplies:
         with self.lock:
             self._open.discard(deferred)
 
-    def drop_late(self, now: float) -> float:
-        """Drop what is late at the time NOW; return the next deadline."""
+    def drop_late(self, now: float, run: Callable[..., object] = _run_here) -> float:
+        """Have RUN drop what is late at the time NOW; return the next deadline."""
         with self.lock:
             late = [deferred for deferred in self._open if deferred.deadline <= now]
             self._open.difference_update(late)
             deadline = min([deferred.deadline for deferred in self._open], default=math.inf)
+        if late:
+            run(self._drop, late)
+        return deadline
+
+    def _drop(self, late: list[Deferred]) -> None:
         for deferred in late:
             try:
                 deferred.drop()
             except Exception as error:  # of whoever sends; the others are to be dropped all the same
                 _note(logging.ERROR, "a late reply was not sent", error=error)
-        return deadline
 
 
 class Step:
@@ -2385,6 +2393,11 @@ class _Threads(socketserver.BaseServer):
         function(*arguments)
         return True
 
+    def _run_aside(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Run for the watcher what may wait for the log: on a worker, if one can be had."""
+        if not self._run_slow(function, *arguments):
+            function(*arguments)
+
     def _wake_watcher(self) -> None:
         threads = self._threads
         if threads is not None:
@@ -2559,8 +2572,9 @@ class ServerMixIn(_Threads):
         """Do what is due beside requests; return in how many s there is more to do."""
         if poll_interval < math.inf:
             self.service_actions()
+        deferred, limit, run = self.service.open_replies, self.interface.log_limit, self._run_aside
         now = time.monotonic()
-        return min(self.service.open_replies.drop_late(now) - now, self.interface.log_limit.tell() - now, poll_interval)
+        return min(deferred.drop_late(now, run) - now, limit.tell(run=run) - now, poll_interval)
 
     def _drain(self) -> None:
         """Let what runs finish and reply, for drain_time; drop the rest."""

@@ -2615,6 +2615,26 @@ def test_blocked_requests_delay_nobody(folder, request_, reply, monkeypatch):
         assert [sock.recv(1000) for sock in socks] == [reply] * 5
 
 
+@pytest.mark.parametrize("words", ["more in this second", "never answered"])
+def test_log_that_is_stuck_beside_requests(folder, words, monkeypatch):
+    """While a log handler is stuck in what no request causes just then, a command that gets stuck delays nobody."""
+    mi, runs, go = blocking()
+    stuck, handler = threading.Event(), logging.Handler()
+    handler.emit = lambda record: words in record.getMessage() and (stuck.set() or go.wait(DEADLINE))
+    monkeypatch.setattr(mi_datagram.log, "handlers", [handler])
+    mi.command(lambda request: request.defer(1), name="later", pass_request=True)
+    with serving(mi, folder / "s") as server, client_socket(server) as sock:
+        for _ in range(mi_datagram.LOG_LINES + 1):
+            ask(server, b":none:\n")
+        send(server, sock, b":later:\n")
+        assert stuck.wait(DEADLINE)
+        send(server, sock, b":block:\n")
+        wait_until(lambda: runs)
+        assert ask(server, b":nothing:\n") == b"200 OK\n"
+        go.set()
+        assert sock.recv(1000) == b"200 OK\ndone\n"
+
+
 def test_slow_until_quick_again(name):
     """From one slow run to the next quick one a command counts as slow: it makes way before anybody notices."""
     mi, runs, go = blocking()
