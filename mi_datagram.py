@@ -2513,7 +2513,7 @@ class ServerMixIn(_Threads):
         try:
             threading.Thread(target=self._serve, name="mi_datagram", daemon=True).start()
         except RuntimeError:
-            self._drain()
+            self._end()
             raise
         return self
 
@@ -2522,9 +2522,7 @@ class ServerMixIn(_Threads):
 
         A subclass's service_actions is called every POLL_INTERVAL seconds.
         """
-        if self._begin():
-            self._serve(poll_interval)
-        else:
+        if not (self._begin() and self._serve(poll_interval)):
             with self._ended:
                 self._ended.wait_for(lambda: self._threads is None)
 
@@ -2553,20 +2551,25 @@ class ServerMixIn(_Threads):
             self._threads = LeaderFollowers(work, self.parameters["max_threads"] - 1)
             if not self._is_over and self._threads.start():
                 return True
-        self._drain()
+        self._end()
         if self._is_over:  # stop() came meanwhile, and has closed the socket if it saw no threads
             return False
         raise Error("no thread could be started")
 
-    def _serve(self, poll_interval: float = 0.5) -> None:
-        threads: Any = self._threads
-        self._watcher = get_ident()
+    def _serve(self, poll_interval: float = 0.5) -> bool:
+        """Watch until the end, and drain; return False if another thread does that, or did."""
         has_actions = type(self).service_actions is not socketserver.BaseServer.service_actions
+        act = functools.partial(self._act, poll_interval if has_actions else math.inf)
+        with self._ended:
+            threads = self._threads
+            if threads is None or self._watcher:
+                return False
+            self._watcher = get_ident()
         try:
-            act = functools.partial(self._act, poll_interval if has_actions else math.inf)
             threads.watch(act, threads.is_ending)
         finally:
-            self._drain()
+            self._drain(threads)
+        return True
 
     def _act(self, poll_interval: float = math.inf) -> float:
         """Do what is due beside requests; return in how many s there is more to do."""
@@ -2576,11 +2579,10 @@ class ServerMixIn(_Threads):
         now = time.monotonic()
         return min(deferred.drop_late(now, run) - now, limit.tell(run=run) - now, poll_interval)
 
-    def _drain(self) -> None:
+    def _drain(self, threads: LeaderFollowers) -> None:
         """Let what runs finish and reply, for drain_time; drop the rest."""
         if self.service.is_forked:
             return
-        threads: Any = self._threads
         deadline = time.monotonic() + self.drain_time
 
         def is_over() -> bool:
@@ -2603,9 +2605,14 @@ class ServerMixIn(_Threads):
     def shutdown(self) -> None:
         """End serve_forever and wait for it; in a thread of this server, or on the loop of its commands, only ask."""
         threads = self._threads
+        self._end(not ((threads and threads.is_worker()) or get_ident() == self._watcher or self._is_on_loop()))
+
+    def _end(self, wait: bool = True) -> None:
+        threads = self._threads
         if threads is not None:
             threads.shutdown(self.drain if self._is_over else 0)
-            if not (threads.is_worker() or get_ident() == self._watcher or self._is_on_loop()):
+            if wait:
+                self._serve()  # where nobody watches yet, or ever, as Ctrl-C came just before
                 with self._ended:
                     self._ended.wait_for(lambda: self._threads is not threads)
 

@@ -3259,6 +3259,29 @@ def test_stop_while_it_starts(name, moment, monkeypatch):
         server.start()
 
 
+@pytest.mark.parametrize("serve, number", [("start", 0), ("start", 1), ("serve_forever", 0)])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_interrupted_start(name, serve, number, is_late, threads):
+    """stop() ends a server also where Ctrl-C came as it started its threads, just before one ran or just after."""
+    start, started = threading.Thread.start, []
+
+    def interrupt(thread):
+        started.append(thread)
+        if len(started) <= number or is_late:
+            start(thread)
+        if len(started) > number:
+            raise KeyboardInterrupt
+
+    server = interface().server(name)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", interrupt)
+        getattr(server, serve)()
+    stopping = in_thread(server.stop)
+    stopping.join(DEADLINE)
+    assert not stopping.is_alive() and server.socket.fileno() < 0
+    wait_until(lambda: not threads())
+
+
 def test_stop_at_the_end_of_a_shutdown(name):
     """stop() closes also where it comes while shutdown(), which leaves the socket open, is nearly over."""
     def set_(self, attribute, value):
