@@ -2865,6 +2865,8 @@ def _locked_folder(path: str) -> typing.Iterator[None]:
             _note(logging.WARNING, "%a is locked by somebody else; going on without", folder)
         yield
     finally:
+        with contextlib.suppress(OSError):  # closing is not enough: what was forked meanwhile has it open too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

@@ -2209,6 +2209,27 @@ def test_locked_folder(folder, caplog, monkeypatch):
     assert "locked" in caplog.text and str(folder) in caplog.text and 0.5 < sum(waits) < 1.01
 
 
+def test_lock_of_a_folder_ends(folder, caplog):
+    """A process that is forked while a server is made does not keep the folder locked."""
+    go, end = os.pipe()
+    children = []
+
+    def fork():
+        children.append(os.fork())
+        if not children[0]:
+            signal.alarm(DEADLINE)
+            os.close(end)
+            os._exit(len(os.read(go, 1)))
+
+    dead_socket(folder / "s")
+    with meanwhile("unlink", lambda: in_thread(fork).join()):
+        interface().server(str(folder / "s")).stop()
+    interface().server(str(folder / "s")).stop()
+    os.close(end)
+    assert os.waitpid(children[0], 0)[1] == 0 and not caplog.text
+    os.close(go)
+
+
 @pytest.mark.parametrize("mode, parameters, left, problem", [
     (0o333, {}, "", None),  # a folder that the server may not read, and so not lock, is good enough
     (0o644, {}, "", "Permission"),  # it may not even look for the file
