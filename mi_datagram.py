@@ -2474,6 +2474,7 @@ class ServerMixIn(_Threads):
         self.outbox = outbox(interface, values["socket_timeout"], values["max_threads"], self._run_slow)
         self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
         self._ended = threading.Condition()
+        _servers.add(self)  # before it has a socket
         try:
             super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
         except OSError as error:
@@ -2498,7 +2499,6 @@ class ServerMixIn(_Threads):
             self.socket.close()
             self.socket, self.server_address = listening, listening.getsockname()
         self.outbox.prepare(self.socket)
-        _servers.add(self)
 
     def keep_open(self, request: Any, is_open: bool = True) -> None:
         """Learn that the reply to a request comes later, or that there is none after all."""
@@ -2618,12 +2618,9 @@ class ServerMixIn(_Threads):
 
     def _is_on_loop(self) -> bool:
         """Whether this is the thread of the loop where the commands run."""
-        loop = self.service.loop or self.interface.loop
-        if loop is not None:
-            import asyncio
-
-            with contextlib.suppress(RuntimeError):
-                return asyncio.get_running_loop() is loop
+        asyncio: Any = sys.modules.get("asyncio")
+        with contextlib.suppress(RuntimeError, AttributeError):  # no loop runs here, or nobody has imported it
+            return asyncio.get_running_loop() is (self.service.loop or self.interface.loop)
         return False
 
     def stop(self, wait: bool = True) -> None:
@@ -2681,7 +2678,8 @@ class ServerMixIn(_Threads):
             self._threads.abandon()
             self._poller.close()
             self._threads = None
-        self.socket.close()
+        if hasattr(self, "socket"):  # it may be half made
+            self.socket.close()
 
 
 class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):

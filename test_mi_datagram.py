@@ -76,6 +76,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import stat
 import statistics
 import struct
@@ -2209,25 +2210,46 @@ def test_locked_folder(folder, caplog, monkeypatch):
     assert "locked" in caplog.text and str(folder) in caplog.text and 0.5 < sum(waits) < 1.01
 
 
-def test_lock_of_a_folder_ends(folder, caplog):
-    """A process that is forked while a server is made does not keep the folder locked."""
-    go, end = os.pipe()
+@contextlib.contextmanager
+def forker():
+    """Give a function that has another thread fork a child, which lives until the block ends."""
+    end, held = os.pipe()
     children = []
 
     def fork():
         children.append(os.fork())
         if not children[0]:
             signal.alarm(DEADLINE)
-            os.close(end)
-            os._exit(len(os.read(go, 1)))
+            os.close(held)
+            os.read(end, 1)
+            os._exit(0)
 
-    dead_socket(folder / "s")
-    with meanwhile("unlink", lambda: in_thread(fork).join()):
-        interface().server(str(folder / "s")).stop()
-    interface().server(str(folder / "s")).stop()
+    yield lambda: in_thread(fork).join()
+    os.close(held)
+    assert os.waitpid(children[0], 0)[1] == 0
     os.close(end)
-    assert os.waitpid(children[0], 0)[1] == 0 and not caplog.text
-    os.close(go)
+
+
+def test_lock_of_a_folder_ends(folder, caplog):
+    """A process that is forked while a server is made does not keep the folder locked."""
+    dead_socket(folder / "s")
+    with forker() as fork:
+        with meanwhile("unlink", fork):
+            interface().server(str(folder / "s")).stop()
+        interface().server(str(folder / "s")).stop()
+    assert not caplog.text
+
+
+def test_fork_while_a_server_is_made():
+    """A process that is forked while a server is half made does not keep its port either."""
+    def server_bind(self):
+        socketserver.UDPServer.server_bind(self)
+        fork()
+
+    with forker() as fork:
+        server = derived("udp:127.0.0.1:0", server_bind=server_bind)
+        server.stop()
+        interface().server(server.socket_name).stop()
 
 
 @pytest.mark.parametrize("mode, parameters, left, problem", [
