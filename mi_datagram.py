@@ -998,7 +998,6 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
         try:
             outcome = await function(*([request] if pass_request else []), *values, **named)
         except asyncio.CancelledError:
-            deferred.drop()
             raise
         except BaseException as error:  # SystemExit included: it would end the program's loop
             outcome = call.exchange.failure("command", call.name, error)
@@ -1017,7 +1016,9 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
         own = dataclasses.replace(request)  # which can be deferred until the coroutine ends, not only until we return
 
         def start_task() -> None:  # makes the coroutine on the loop: one that never gets there leaves no warning
-            deferred.task = loop.create_task(run(call, deferred, own, values, named))
+            deferred.task = task = loop.create_task(run(call, deferred, own, values, named))
+            # One that is cancelled before it begins does not get into run().
+            task.add_done_callback(lambda task: (task.cancelled() or task.exception()) and deferred.drop())
 
         loop.call_soon_threadsafe(start_task)
         return deferred

@@ -1100,6 +1100,11 @@ def test_async_commands_that_return_no_reply(name, loop):
     """One that is cancelled answers nothing, counted at once; one may return a Deferred; one may stop the server."""
     mi, after = interface(loop=loop), []
 
+    def create_cancelled(loop, coroutine, **options):  # before its first step
+        task = asyncio.Task(coroutine, loop=loop, **options)
+        task.cancel()
+        return task
+
     @mi.command
     async def give_up():
         asyncio.current_task().cancel()
@@ -1121,6 +1126,10 @@ def test_async_commands_that_return_no_reply(name, loop):
     with serving(mi, name) as server, client_socket(server) as sock:
         send(server, sock, b":give_up:\n")
         wait_until(lambda: count(mi, "dropped_deferred") == 1)
+        loop.set_task_factory(create_cancelled)
+        send(server, sock, b":give_up:\n")
+        wait_until(lambda: count(mi, "dropped_deferred") == 2)
+        loop.set_task_factory(None)
         assert ask(server, b":later:\n", sock) == b"200 OK\nnow\n"
         assert ask(server, b":end:\n", sock) == b"200 OK\nbye\n" and after[0] > 0
         wait_until(lambda: server.socket.fileno() < 0)
