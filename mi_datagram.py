@@ -1000,7 +1000,7 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # SystemExit included: it would end the program's loop
-            outcome = call.exchange.failure("command", call.name, error)
+            outcome = call._convert_error(error)
         finally:
             request._call = None  # from now on nothing can be deferred
         if not isinstance(outcome, Deferred):  # which answers in its own time

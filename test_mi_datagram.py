@@ -1135,6 +1135,24 @@ def test_async_commands_that_return_no_reply(name, loop):
         wait_until(lambda: server.socket.fileno() < 0)
 
 
+def test_ctrl_c_in_an_async_command(name):
+    """Ctrl-C that finds the main thread's loop in a command is the user's: it ends the loop."""
+    loop = asyncio.new_event_loop()
+    mi = interface(loop=loop)
+
+    @mi.command
+    async def compute():
+        signal.raise_signal(signal.SIGINT)
+
+    with serving(mi, name) as server, client_socket(server) as sock:
+        server.drain_time = 0
+        loop.call_soon(send, server, sock, b":compute:\n")
+        loop.call_later(DEADLINE, loop.stop)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_forever()
+    loop.close()
+
+
 # ------------------------------------------------------------- core commands ----
 
 
