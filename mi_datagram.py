@@ -2073,8 +2073,10 @@ class LeaderFollowers:
                 return None
             self._followers += 1
             self._update()
-            self._turn.wait_for(lambda: self._backlog or not self._leader)
-            self._followers -= 1
+            try:
+                self._turn.wait_for(lambda: self._backlog or not self._leader)
+            finally:  # of a MemoryError too
+                self._followers -= 1
             turn = None
             if self._backlog:
                 turn = self._backlog.popleft()

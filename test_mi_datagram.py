@@ -1882,6 +1882,26 @@ def test_worker_that_dies_is_replaced():
         assert made.told == ["receive_errors", "stalled"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_follower_that_dies_follows_no_more():
+    """A follower that dies for want of memory is not counted on: another thread replaces the next leader that stalls."""
+    def wait_for(predicate):
+        if predicate():
+            return real(predicate)
+        made.turns._turn.wait_for = real
+        raise MemoryError
+
+    with MadeUp() as made:
+        real, made.turns._turn.wait_for = made.turns._turn.wait_for, wait_for
+        made.put(made.held)
+        wait_until(lambda: len(workers()) == 2)
+        made.go.set()
+        wait_until(lambda: len(workers()) == 1)
+        made.go.clear()
+        made.put(made.held, made.item("next"))
+        wait_until(lambda: made.ran == ["held", "held", "next"])
+
+
 @pytest.mark.parametrize("drain", [0, 3, 1000])
 @pytest.mark.parametrize("stalls", [False, True])
 def test_shutdown(drain, stalls):
