@@ -2988,22 +2988,23 @@ class Client:
 
     def _open(self) -> socket.socket:
         """Return the socket of this process: connected over UDP, otherwise with a name to reply to."""
-        if self._socket is not None and self._pid == os.getpid():
-            return self._socket
+        sock = self._socket  # read once, here and in close(): after Ctrl-C another thread closes it, see _ask_all
+        if sock is not None and self._pid == os.getpid():
+            return sock
         self.close()
         self._pid = os.getpid()
         if isinstance(self._address, str):
             if not hasattr(socket, "AF_UNIX"):
                 raise SocketError(f"socket_name {self._address!a}: this system has no UNIX sockets")
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            sock = self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             if SO_PASSCRED:
-                self._socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
-            self._bind(self._socket)
+                sock.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+            self._bind(sock)
         else:
             family, address = _udp_address(self._address)
-            self._socket = socket.socket(family, socket.SOCK_DGRAM)
-            self._socket.connect(address)
-        return self._socket
+            sock = self._socket = socket.socket(family, socket.SOCK_DGRAM)
+            sock.connect(address)
+        return sock
 
     def _bind(self, sock: socket.socket) -> None:
         if sys.platform == "linux" and self._reply_dir is None:
@@ -3051,13 +3052,13 @@ class Client:
 
     def close(self) -> None:
         """Close the socket and remove what it needed; the next call makes it anew."""
-        if self._socket is not None:
-            self._socket.close()
-        if self._folder and self._pid == os.getpid():  # what a forked process has is its parent's
-            for remove, path in ((os.unlink, os.path.join(self._folder, "reply")), (os.rmdir, self._folder)):
+        sock, folder, self._socket, self._folder = self._socket, self._folder, None, ""
+        if sock is not None:
+            sock.close()
+        if folder and self._pid == os.getpid():  # what a forked process has is its parent's
+            for remove, path in ((os.unlink, os.path.join(folder, "reply")), (os.rmdir, folder)):
                 with contextlib.suppress(OSError):
                     remove(path)
-        self._socket, self._folder = None, ""
 
     def __enter__(self) -> Client:
         return self

@@ -585,11 +585,12 @@ def test_the_house():
 
 
 def test_what_other_threads_take_away_is_read_once():
-    """A method that asks whether there are threads, a Handler or a Call uses what it asked about, not what is there then."""
+    """A method that asks whether there are threads, a Handler, a Call or a socket uses that, not what is there then."""
     classes = {node.name: node for node in ast.parse(MODULE.read_text("utf-8")).body if isinstance(node, ast.ClassDef)}
-    for name, attributes in (("_Threads", ("_threads", "current")), ("Request", ("_call",))):
+    for name, attributes in (("_Threads", ("_threads", "current")), ("Request", ("_call",)), ("Client", ("_socket",))):
         for method in [node for node in classes[name].body if isinstance(node, ast.FunctionDef)]:
-            read = [node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute) and node.attr in attributes]
+            read = [node.attr for node in ast.walk(method) if isinstance(node, ast.Attribute) and node.attr in attributes
+                    and isinstance(node.ctx, ast.Load)]
             assert len(read) == len({*read}), f"{name}.{method.name}"
 
 
