@@ -199,6 +199,10 @@ def escape_control_characters(text: str) -> str:
     return "".join([c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text])
 
 
+def _run_here(function: Callable[..., object], *arguments: Any) -> None:
+    function(*arguments)
+
+
 class LogLimit:
     """Bounds the log of what peers cause: LOG_LINES a second of each kind, then one line that says how many more."""
 
@@ -214,15 +218,15 @@ class LogLimit:
         count = self._counts[kind] = self._counts.get(kind, 0) + 1
         return count <= LOG_LINES
 
-    def tell(self, at_once: bool = False) -> float:
-        """Write how many were left out in the second that is over, or so far; return when there is more to tell."""
+    def tell(self, at_once: bool = False, run: Callable[..., object] = _run_here) -> float:
+        """Have RUN write how many were left out in the second that is over, or so far; return when there is more."""
         now = self._clock()
         if at_once or now >= self._end:
             self._end = now + 1
             for kind in list(self._counts):
                 more = self._counts.pop(kind, 0) - LOG_LINES  # of two threads that tell, one has the count
                 if more > 0:
-                    _note(logging.WARNING, "%s: %d more in this second", kind, more)
+                    run(_note, logging.WARNING, "%s: %d more in this second", kind, more)
         return self._end if any([count > LOG_LINES for count in list(self._counts.values())]) else math.inf
 
 
@@ -750,15 +754,19 @@ class Command:
 
 
 class Counter:
-    """A statistic that counts, right from any thread."""
+    """A statistic that counts, right from any thread, signal handler and forked process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.renew_lock()
+        _counters.add(self)
         self._others = 0  # all that add() counted, less what was there at the last reset, less our looks at _ones
         # Each request counts two: a step of this iterator is one step of the interpreter, which needs no lock.
         self._ones = itertools.count()
         has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
         self.add_one: Callable[[], object] = self._ones.__next__ if has_gil else self.add
+
+    def renew_lock(self) -> None:
+        self._lock = threading.RLock()  # as a signal handler may count while its thread does
 
     def add(self, amount: int = 1) -> None:
         """Count AMOUNT more."""
@@ -773,6 +781,11 @@ class Counter:
         with self._lock:
             self._others -= 1
             return next(self._ones) + self._others + 1
+
+
+_counters: weakref.WeakSet[Counter] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):  # a lock that another thread holds then is released by nobody in the child
+    os.register_at_fork(after_in_child=lambda: [*map(Counter.renew_lock, _counters)])
 
 
 # -------------------------------------------------------------------- calls ----
@@ -833,18 +846,22 @@ class OpenReplies:
         with self.lock:
             self._open.discard(deferred)
 
-    def drop_late(self, now: float) -> float:
-        """Drop what is late at the time NOW; return the next deadline."""
+    def drop_late(self, now: float, run: Callable[..., object] = _run_here) -> float:
+        """Have RUN drop what is late at the time NOW; return the next deadline."""
         with self.lock:
             late = [deferred for deferred in self._open if deferred.deadline <= now]
             self._open.difference_update(late)
             deadline = min([deferred.deadline for deferred in self._open], default=math.inf)
+        if late:
+            run(self._drop, late)
+        return deadline
+
+    def _drop(self, late: list[Deferred]) -> None:
         for deferred in late:
             try:
                 deferred.drop()
             except Exception as error:  # of whoever sends; the others are to be dropped all the same
                 _note(logging.ERROR, "a late reply was not sent", error=error)
-        return deadline
 
 
 class Step:
@@ -982,7 +999,6 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
             if isinstance(outcome, Deferred) and outcome is not deferred:
                 raise Error("it returned the Deferred of another request")
         except asyncio.CancelledError:
-            deferred.drop()
             raise
         except BaseException as error:  # SystemExit included: it would end the program's loop
             outcome = call.convert_error(error)
@@ -1003,7 +1019,9 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
         own = dataclasses.replace(request)  # which can be deferred until the coroutine ends, not only until we return
 
         def start_task() -> None:  # makes the coroutine on the loop: one that never gets there leaves no warning
-            deferred.task = loop.create_task(run(call, deferred, own, values, named))
+            deferred.task = task = loop.create_task(run(call, deferred, own, values, named))
+            # One that is cancelled before it begins does not get into run().
+            task.add_done_callback(lambda task: (task.cancelled() or task.exception()) and deferred.drop())
 
         loop.call_soon_threadsafe(start_task)
         return deferred
@@ -2039,8 +2057,10 @@ class LeaderFollowers:
                 return None
             self._followers += 1
             self._update()
-            self._turn.wait_for(lambda: self._backlog or not self._leader)
-            self._followers -= 1
+            try:
+                self._turn.wait_for(lambda: self._backlog or not self._leader)
+            finally:  # of a MemoryError too
+                self._followers -= 1
             turn: Callable[[], object] | None = None
             if self._backlog:
                 item = self._backlog.popleft()
@@ -2365,6 +2385,11 @@ class _Threads(socketserver.BaseServer):
         function(*arguments)
         return True
 
+    def _run_aside(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Run for the watcher what may wait for the log: on a worker, if one can be had."""
+        if not self._run_slow(function, *arguments):
+            function(*arguments)
+
     def _wake_watcher(self) -> None:
         threads = self._threads
         if threads is not None:
@@ -2441,6 +2466,7 @@ class ServerMixIn(_Threads):
         self.outbox = outbox(interface, values["socket_timeout"], values["max_threads"], self._run_slow)
         self.reply_to: Callable[[Handler, bytes], object] = self.outbox.send
         self._ended = threading.Condition()
+        _servers.add(self)  # before it has a socket
         try:
             super().__init__(self._resolve(name), handler, listening is None)  # type: ignore[call-arg]
         except OSError as error:
@@ -2465,7 +2491,6 @@ class ServerMixIn(_Threads):
             self.socket.close()
             self.socket, self.server_address = listening, listening.getsockname()
         self.outbox.prepare(self.socket)
-        _servers.add(self)
 
     def keep_open(self, request: Any, is_open: bool = True) -> None:
         """Learn that the reply to a request comes later, or that there is none after all."""
@@ -2480,7 +2505,7 @@ class ServerMixIn(_Threads):
         try:
             threading.Thread(target=self._serve, name="mi_datagram", daemon=True).start()
         except RuntimeError:
-            self._drain()
+            self._end()
             raise
         return self
 
@@ -2489,9 +2514,7 @@ class ServerMixIn(_Threads):
 
         A subclass's service_actions is called every POLL_INTERVAL seconds.
         """
-        if self._begin():
-            self._serve(poll_interval)
-        else:
+        if not (self._begin() and self._serve(poll_interval)):
             with self._ended:
                 self._ended.wait_for(lambda: self._threads is None)
 
@@ -2520,33 +2543,38 @@ class ServerMixIn(_Threads):
             self._threads = LeaderFollowers(work, self.parameters["max_threads"] - 1)
             if not self._is_over and self._threads.start():
                 return True
-        self._drain()
+        self._end()
         if self._is_over:  # stop() came meanwhile, and has closed the socket if it saw no threads
             return False
         raise Error("no thread could be started")
 
-    def _serve(self, poll_interval: float = 0.5) -> None:
-        threads: Any = self._threads
-        self._watcher = get_ident()
+    def _serve(self, poll_interval: float = 0.5) -> bool:
+        """Watch until the end, and drain; return False if another thread does that, or did."""
         if type(self).service_actions is socketserver.BaseServer.service_actions:  # which does nothing
             poll_interval = math.inf
+        with self._ended:
+            threads = self._threads
+            if threads is None or self._watcher:
+                return False
+            self._watcher = get_ident()
         try:
             threads.watch(functools.partial(self._act, poll_interval), threads.is_ending)
         finally:
-            self._drain()
+            self._drain(threads)
+        return True
 
     def _act(self, poll_interval: float = math.inf) -> float:
         """Do what is due beside requests; return in how many s there is more to do."""
         if poll_interval < math.inf:
             self.service_actions()
+        deferred, limit, run = self.service.open_replies, self.interface.log_limit, self._run_aside
         now = time.monotonic()
-        return min(self.service.open_replies.drop_late(now) - now, self.interface.log_limit.tell() - now, poll_interval)
+        return min(deferred.drop_late(now, run) - now, limit.tell(run=run) - now, poll_interval)
 
-    def _drain(self) -> None:
+    def _drain(self, threads: LeaderFollowers) -> None:
         """Let what runs finish and reply, for drain_time; drop the rest."""
         if self.service.is_forked:
             return
-        threads: Any = self._threads
         deadline = time.monotonic() + self.drain_time
 
         def is_drained() -> bool:
@@ -2569,20 +2597,22 @@ class ServerMixIn(_Threads):
     def shutdown(self) -> None:
         """End serve_forever and wait for it; in a thread of this server, or on the loop of its commands, only ask."""
         threads = self._threads
+        self._end(not ((threads and threads.is_worker()) or get_ident() == self._watcher or self._is_on_loop()))
+
+    def _end(self, wait: bool = True) -> None:
+        threads = self._threads
         if threads is not None:
             threads.shutdown(self.drain if self._is_over else 0)
-            if not (threads.is_worker() or get_ident() == self._watcher or self._is_on_loop()):
+            if wait:
+                self._serve()  # where nobody watches yet, or ever, as Ctrl-C came just before
                 with self._ended:
                     self._ended.wait_for(lambda: self._threads is not threads)
 
     def _is_on_loop(self) -> bool:
         """Whether this is the thread of the loop where the commands run."""
-        loop = self.service.loop or self.interface.loop
-        if loop is not None:
-            import asyncio
-
-            with contextlib.suppress(RuntimeError):
-                return asyncio.get_running_loop() is loop
+        asyncio: Any = sys.modules.get("asyncio")
+        with contextlib.suppress(RuntimeError, AttributeError):  # no loop runs here, or nobody has imported it
+            return asyncio.get_running_loop() is (self.service.loop or self.interface.loop)
         return False
 
     def stop(self, wait: bool = True) -> None:
@@ -2640,7 +2670,8 @@ class ServerMixIn(_Threads):
             self._threads.abandon()
             self._poller.close()
             self._threads = None
-        self.socket.close()
+        if hasattr(self, "socket"):  # it may be half made
+            self.socket.close()
 
 
 class UDPServer(ServerMixIn, socketserver.ThreadingUDPServer):
@@ -2821,6 +2852,8 @@ def _locked_folder(path: str) -> typing.Iterator[None]:
             _note(logging.WARNING, "%a is locked by somebody else; going on without", folder)
         yield
     finally:
+        with contextlib.suppress(OSError):  # closing is not enough: what was forked meanwhile has it open too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -2941,22 +2974,23 @@ class Client:
 
     def _open(self) -> socket.socket:
         """Return the socket of this process: connected over UDP, otherwise with a name to reply to."""
-        if self._socket is not None and self._pid == os.getpid():
-            return self._socket
+        sock = self._socket  # read once, here and in close(): after Ctrl-C another thread closes it, see _ask_all
+        if sock is not None and self._pid == os.getpid():
+            return sock
         self.close()
         self._pid = os.getpid()
         if isinstance(self._address, str):
             if not hasattr(socket, "AF_UNIX"):
                 raise SocketError(f"socket_name {self._address!a}: this system has no UNIX sockets")
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            sock = self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             if SO_PASSCRED:
-                self._socket.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
-            self._bind(self._socket)
+                sock.setsockopt(socket.SOL_SOCKET, SO_PASSCRED, 1)
+            self._bind(sock)
         else:
             family, address = _udp_address(self._address)
-            self._socket = socket.socket(family, socket.SOCK_DGRAM)
-            self._socket.connect(address)
-        return self._socket
+            sock = self._socket = socket.socket(family, socket.SOCK_DGRAM)
+            sock.connect(address)
+        return sock
 
     def _bind(self, sock: socket.socket) -> None:
         if sys.platform == "linux" and self._reply_dir is None:
@@ -3003,13 +3037,13 @@ class Client:
 
     def close(self) -> None:
         """Close the socket and remove what it needed; the next call makes it anew."""
-        if self._socket is not None:
-            self._socket.close()
-        if self._folder and self._pid == os.getpid():  # what a forked process has is its parent's
+        sock, folder, self._socket, self._folder = self._socket, self._folder, None, ""
+        if sock is not None:
+            sock.close()
+        if folder and self._pid == os.getpid():  # what a forked process has is its parent's
             import shutil
 
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._socket, self._folder = None, ""
+            shutil.rmtree(folder, ignore_errors=True)
 
     def __enter__(self) -> Client:
         return self

@@ -74,6 +74,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import stat
 import statistics
 import struct
@@ -528,7 +529,8 @@ def test_import(code):
 
 def test_the_house():
     """All is small, nothing above sending knows sockets, and a method reads once what another thread may take away."""
-    text, taken_away = MODULE.read_text("utf-8"), {"_Threads": ("_threads", "current"), "Request": ("_call",)}
+    text = MODULE.read_text("utf-8")
+    taken_away = {"_Threads": ("_threads", "current"), "Request": ("_call",), "Client": ("_socket",)}
     nodes, above = [*ast.walk(ast.parse(text))], text[: text.index(" sending ----")]
     sockets = [node.lineno for node in nodes if getattr(node, "id", "") in ("socket", "socketserver")]
     assert "\nclass LeaderFollowers:" in above and min(sockets) > above.count("\n")
@@ -543,7 +545,8 @@ def test_the_house():
         assert len({*own}) <= 15 and node.end_lineno - node.lineno < 250, node.name
         attributes = taken_away.pop(node.name, ())
         for method in node.body if attributes else ():
-            read = [one.attr for one in ast.walk(method) if getattr(one, "attr", "") in attributes]
+            read = [one.attr for one in ast.walk(method) if getattr(one, "attr", "") in attributes
+                    and isinstance(one.ctx, ast.Load)]
             assert len(read) == len({*read}), f"{node.name}.{method.name}"
     assert max(map(len, text.splitlines())) <= 120 and not taken_away
 
@@ -988,6 +991,11 @@ def test_async_commands(name):
         after.append(server.socket.fileno())
         return request
 
+    def create_cancelled(loop, coroutine, **options):  # before its first step
+        task = asyncio.Task(coroutine, loop=loop, **options)
+        task.cancel()
+        return task
+
     def talk():
         for text, params, reply, data in (
             ("4", [4], b"200 OK\nline:: 2.5\n", {"json": 2.5}),
@@ -999,8 +1007,11 @@ def test_async_commands(name):
         ):  # fmt: skip
             assert ask(server, f":divide:\n{text}".encode(), sock) == reply
             assert rpc(mi, "divide", params, lambda request: ask(server, request, sock)) == data
-        send(server, sock, b":divide:\n4\ngive up")
-        wait_until(lambda: count(mi, "dropped_deferred") == 1)
+        for dropped, factory in enumerate([None, create_cancelled], 1):
+            loop.set_task_factory(factory)
+            send(server, sock, b":divide:\n4\ngive up")
+            wait_until(lambda: count(mi, "dropped_deferred") == dropped)  # noqa: B023
+        loop.set_task_factory(None)
         assert ask(server, b":end:\nrequest::bye\n", sock) == b"200 OK\nbye\n" and after[0] > 0
         wait_until(lambda: server.socket.fileno() < 0)
 
@@ -1165,6 +1176,26 @@ def test_counters_made_by_several_threads(switching):
     while any([thread.is_alive() for thread in threads]):
         assert mi.answer(b":get_statistics:\nall\n").startswith(b"200")
     assert all([mi.statistics[f"made:c{number}"]() == 3 for number in range(400)])
+
+
+def test_counter_that_is_held():
+    """A forked process and a signal handler count, though a thread of the parent, or their own, is at that counter."""
+    counter, held, go = interface().counter("cache:hits"), threading.Event(), threading.Event()
+    counter._ones = iter(lambda: held.set() or go.wait(DEADLINE), None)
+    reader = in_thread(counter)
+    assert held.wait(DEADLINE)
+    child = os.fork()
+    if not child:
+        signal.alarm(DEADLINE)  # which ends it
+        counter.add()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    go.set()
+    reader.join()
+    counter._ones = iter(lambda: counter.add() or 7, None)  # as a signal handler does between two steps
+    reader = in_thread(counter)
+    reader.join(DEADLINE)
+    assert not reader.is_alive() and counter._others == -1
 
 
 @pytest.mark.parametrize("statistic", COUNTED)
@@ -1721,6 +1752,26 @@ def test_worker_that_dies_is_replaced(monkeypatch):
         assert made.told == ["receive_errors"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_follower_that_dies_follows_no_more():
+    """A follower that dies for want of memory is not counted on: another thread replaces the next leader that stalls."""
+    def wait_for(predicate):
+        if predicate():
+            return real(predicate)
+        made.turns._turn.wait_for = real
+        raise MemoryError
+
+    with MadeUp() as made:
+        real, made.turns._turn.wait_for = made.turns._turn.wait_for, wait_for
+        made.put(made.held)
+        wait_until(lambda: len(workers()) == 2)
+        made.go.set()
+        wait_until(lambda: len(workers()) == 1)
+        made.go.clear()
+        made.put(made.held, made.item("next"))
+        wait_until(lambda: made.ran == ["held", "held", "next"])
+
+
 @pytest.mark.parametrize("drain", [0, 3, 1000])
 @pytest.mark.parametrize("moment", ["it polls", "it is held", "it has just looked"])
 def test_shutdown(drain, moment):
@@ -2046,6 +2097,48 @@ def test_locked_folder(folder, caplog, monkeypatch):
     interface().server(str(folder / "s")).stop()
     os.close(descriptor)
     assert "locked" in caplog.text and str(folder) in caplog.text and 0.5 < sum(waits) < 1.01
+
+
+@contextlib.contextmanager
+def forker():
+    """Give a function that has another thread fork a child, which lives until the block ends."""
+    end, held = os.pipe()
+    children = []
+
+    def fork():
+        children.append(os.fork())
+        if not children[0]:
+            signal.alarm(DEADLINE)
+            os.close(held)
+            os.read(end, 1)
+            os._exit(0)
+
+    yield lambda: in_thread(fork).join()
+    os.close(held)
+    assert os.waitpid(children[0], 0)[1] == 0
+    os.close(end)
+
+
+def test_lock_of_a_folder_ends(folder, caplog):
+    """A process that is forked while a server is made does not keep the folder locked."""
+    dead_socket(folder / "s")
+    with forker() as fork:
+        with meanwhile("unlink", fork):
+            interface().server(str(folder / "s")).stop()
+        interface().server(str(folder / "s")).stop()
+    assert not caplog.text
+
+
+def test_fork_while_a_server_is_made():
+    """A process that is forked while a server is half made does not keep its port either."""
+    def server_bind(self):
+        socketserver.UDPServer.server_bind(self)
+        fork()
+
+    with forker() as fork:
+        server = derived("udp:127.0.0.1:0", server_bind=server_bind)
+        server.stop()
+        interface().server(server.socket_name).stop()
 
 
 @pytest.mark.parametrize("mode, parameters, left, problem", [
@@ -2403,6 +2496,26 @@ def test_hook_that_raises(name, hooks, threads):
 
 
 # --------------------------------------------------------------- servers: threads ----
+
+
+@pytest.mark.parametrize("words", ["more in this second", "never answered"])
+def test_log_that_is_stuck_beside_requests(folder, words, monkeypatch):
+    """While a log handler is stuck in what no request causes just then, a command that gets stuck delays nobody."""
+    mi, runs, go = blocking()
+    stuck, handler = threading.Event(), logging.Handler()
+    handler.emit = lambda record: words in record.getMessage() and (stuck.set() or go.wait(DEADLINE))
+    monkeypatch.setattr(mi_datagram.log, "handlers", [handler])
+    mi.command(lambda request: request.defer(1), name="later", pass_request=True)
+    with serving(mi, folder / "s") as server, client_socket(server) as sock:
+        for _ in range(mi_datagram.LOG_LINES + 1):
+            ask(server, b":none:\n")
+        send(server, sock, b":later:\n")
+        assert stuck.wait(DEADLINE)
+        send(server, sock, b":block:\n")
+        wait_until(lambda: runs)
+        assert ask(server, b":nothing:\n") == b"200 OK\n"
+        go.set()
+        assert sock.recv(1000) == b"200 OK\ndone\n"
 
 
 @pytest.mark.parametrize("request_, reply", [(b":block:", b"200 OK\ndone"), (b":none:", b"500 command not available")])
@@ -2910,6 +3023,29 @@ def test_stop_while_it_starts(name, moment, monkeypatch):
     server = interface().server(name)
     with pytest.raises(mi_datagram.Error, match="closed"):
         server.start()
+
+
+@pytest.mark.parametrize("serve, number", [("start", 0), ("start", 1), ("serve_forever", 0)])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_interrupted_start(name, serve, number, is_late, threads):
+    """stop() ends a server also where Ctrl-C came as it started its threads, just before one ran or just after."""
+    start, started = threading.Thread.start, []
+
+    def interrupt(thread):
+        started.append(thread)
+        if len(started) <= number or is_late:
+            start(thread)
+        if len(started) > number:
+            raise KeyboardInterrupt
+
+    server = interface().server(name)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", interrupt)
+        getattr(server, serve)()
+    stopping = in_thread(server.stop)
+    stopping.join(DEADLINE)
+    assert not stopping.is_alive() and server.socket.fileno() < 0
+    wait_until(lambda: not threads())
 
 
 def test_stop_at_the_end_of_a_shutdown(name):
