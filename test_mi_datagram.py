@@ -4843,6 +4843,23 @@ def test_throughput(transport, folder, monkeypatch):
     assert not missed
 
 
+@pytest.mark.bench
+@pytest.mark.parametrize("transport", ["unix", "udp"])
+def test_growth_with_children(transport, folder):
+    """Throughput grows with children_count, as far as each child and this process have a core."""
+    os.sched_setaffinity(0, CORES)
+    rates = {}
+    for children in [count for count in (1, 2, 4, 8, 16) if count <= len(CORES)]:
+        name = f"{folder}/{children}" if transport == "unix" else "udp:127.0.0.1:0"
+        with process("-s", name, "--children_count", children) as server:
+            server.server_address = name = next(line for line in server.log if "listening" in line).split()[-1]
+            if transport == "udp":
+                server.address_family, server.server_address = socket.AF_INET, ("127.0.0.1", int(name.split(":")[-1]))
+            rates[children] = load(server, 64, 1, [b":version:\n"])[0]
+    print(f"\n{transport:5}  64 requests/s by children: {', '.join(f'{n}: {rate:,.0f}' for n, rate in rates.items())}")
+    assert len(CORES) < 3 or rates[2] > 1.3 * rates[1]
+
+
 @contextlib.contextmanager
 def disturbed(server, kind, clients, connect=False):
     """Have CLIENTS run slow commands, or never read their replies."""
