@@ -2135,10 +2135,14 @@ def test_fork_while_a_server_is_made():
         socketserver.UDPServer.server_bind(self)
         fork()
 
+    def bind():
+        with contextlib.suppress(mi_datagram.SocketError):  # the child is not that far yet
+            return interface().server(server.socket_name)
+
     with forker() as fork:
         server = derived("udp:127.0.0.1:0", server_bind=server_bind)
         server.stop()
-        interface().server(server.socket_name).stop()
+        wait_until(bind).stop()
 
 
 @pytest.mark.parametrize("mode, parameters, left, problem", [
