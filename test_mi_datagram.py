@@ -3563,7 +3563,7 @@ class Terminal:
         return status, self.text.replace("^C", "").strip()
 
 
-# ---- parameters
+# ---- parameters, and what is loaded
 
 
 @pytest.fixture
@@ -3644,9 +3644,6 @@ def test_lines_of_the_log():
             record = logging.LogRecord("a.b", logging.WARNING, __file__, 1, "%a by %s", ("caf\xe9", 1), None)
             vars(record).update({"created": created, "msecs": created % 1 * 1000, **more})
             assert ours.format(record) == theirs.format(record)
-
-
-# ---- load
 
 
 @pytest.mark.parametrize("options", [[], ["-v"]])
