@@ -804,6 +804,10 @@ def test_annotations_of_odd_parameters():
     take.__globals__["Kind"], take.__annotations__["a"] = bool, "bool"
     assert mi.answer(b":take:\n5\n") == mi.answer(b":part:\n5\n") == b"200 OK\n" and calls == [{"a": 5}] * 2
     assert mi.commands["part"].doc == ""  # and not the one of partial
+    part = functools.partial(decorated)
+    part.__doc__ = "Its own."
+    mi.command(part, name="told")
+    assert mi.commands["told"].doc == "Its own."
     mi, calls = taker("a: str = 'd', /, *b: int, k: int = 0, **c: bool")
     for arguments in ("k::1\nk::2", "v\nx", "x::7", "v\na::7"):
         assert mi.answer(f":take:\n{arguments}\n".encode())[:3] == b"400"
@@ -1017,6 +1021,21 @@ def test_async_commands(name):
 
     with contextlib.closing(loop), serving(mi, name) as server, client_socket(server) as sock:
         loop.run_until_complete(asyncio.to_thread(talk))
+
+
+def test_async_reply_that_cannot_be_sent(caplog):
+    """What is raised by whoever sends the reply of an `async def` command is logged, as nobody else learns of it."""
+    loop = asyncio.new_event_loop()
+    mi = interface(loop=loop)
+
+    @mi.command
+    async def late():
+        pass
+
+    loop.call_soon(mi.answer, b":late:\n", None, lambda reply: loop.stop() or 1 / 0)
+    with contextlib.closing(loop):
+        loop.run_forever()
+    assert "ZeroDivisionError" in caplog.text
 
 
 @pytest.mark.parametrize("raised, statuses", [(None, [0]), (ValueError, [1]), (KeyboardInterrupt, [])])
@@ -3776,6 +3795,25 @@ def test_call(ops, main, words, status, stdout, stderr):
     """`call` prints a reply's tree, or with --json its result, and exits with 0; an error on stderr, and exits with 1."""
     done = main("call", "-s", ops, *words)
     assert (done.returncode, done.stdout, done.stderr) == (status, stdout, stderr)
+
+
+def test_hints_of_odd_servers(main, folder):
+    """A parameter's place counts behind whatever name; a `help` that refuses to help is not asked for help about it."""
+    mi = interface()
+
+    @mi.command(name="new:to-day")
+    def today(limit: int):
+        pass
+
+    with serving(mi, folder / "s"):
+        call = functools.partial(main, "call", "-s", folder / "s")
+        hint = "LIMIT: x is no int\nUsage:: {} LIMIT:int\n"
+        assert call("to-day", "x").stderr == "400 Bad parameter\n" + hint.format("to-day")
+        assert call("--json", "to-day", "x").stderr.endswith(hint.format("new:to-day"))
+        for error in (CommandError(404, "Command Not Found"), CommandError(400, "Bad parameter")):
+            mi.command(unittest.mock.Mock(side_effect=error), name="help", replace=True)
+            assert call("help").stderr == f"{error}\n"
+            assert call("to-day", "x").stderr == "400 Bad parameter\n"
 
 
 @pytest.mark.parametrize("words, why", WRONG_CALLS)
