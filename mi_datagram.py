@@ -894,7 +894,8 @@ class Service:
     logging: Step = dataclasses.field(default_factory=Step)
 
     def __post_init__(self) -> None:
-        if inspect.iscoroutinefunction(self.authorize):  # what it returns at once is true for everybody
+        call = getattr(type(self.authorize), "__call__", None)  # noqa: B004 - of an object that is no function
+        if any(map(inspect.iscoroutinefunction, (self.authorize, call))):  # it returns what is true for everybody
             raise _wrong("authorize", self.authorize, "a function that is not `async def` is allowed")
 
 

@@ -1965,7 +1965,8 @@ def test_defaults_and_what_a_kind_of_server_cannot_have(folder, caplog):
     for name, parameter, value in (
         (str(folder / "s"), "children_count", 2), ("udp:127.0.0.1:0", "socket_buf_size", 100_000),
         ("udp:127.0.0.1:0", "unix_socket_user", 0), ("udp:127.0.0.1:0", "unix_socket_group", 0),
-        (str(folder / "s"), "authorize", asyncio.sleep),  # as it returns what is true, it would let in everybody
+        *[(str(folder / "s"), "authorize", authorize)  # as it returns what is true, it would let in everybody
+          for authorize in (asyncio.sleep, type("Late", (), {"__call__": asyncio.sleep})())],
     ):  # fmt: skip
         with pytest.raises(mi_datagram.ParameterError, match=f"{parameter}.*{value}"):
             interface().server(name, **{parameter: value})
