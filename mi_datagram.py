@@ -1925,7 +1925,7 @@ class LeaderFollowers:
        `_poll_ticks` under the lock, so neither misses the other. An idle server makes no wake-ups.
     8. At the shutdown the leader goes on until there is no item left, or `drain` were taken; workers that are done
        empty the backlog and end.
-    9. In a process that is forked no worker goes on: the one that forked ends it.
+    9. In a process that is forked no worker goes on: the one that forked ends it. The watcher returns.
     """
 
     def __init__(self, work: Work, max_workers: int) -> None:
@@ -2020,6 +2020,8 @@ class LeaderFollowers:
         ticks = 0  # in the item that was seen
         while not is_over():
             delay = act()
+            if self._left == FORKED:  # by ACT; nobody may be here to release the lock
+                return
             if self._requested is not None:
                 self.shutdown(self._requested)
             with self._lock:
@@ -2674,6 +2676,7 @@ class ServerMixIn(_Threads):
     def abandon(self) -> None:
         """Give up this server in a process that was forked: neither socket nor threads are its own."""
         self.service.is_forked = True
+        self.service.open_replies = OpenReplies()  # as another thread may have held the lock of the old ones
         if self._threads is not None:
             self._threads.abandon()
             self._poller.close()

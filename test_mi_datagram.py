@@ -2412,6 +2412,42 @@ def test_fork(folder):
     assert done.returncode == 1 and "SystemError" in done.stderr and not contents(folder)
 
 
+def test_fork_while_another_thread_holds_a_lock():
+    """A command, and serve_forever() behind its service_actions(), end in a forked process, whoever has held a lock."""
+    statuses, parent = [], os.getpid()
+
+    def fork(lock):
+        held, go = threading.Event(), threading.Event()
+        in_thread(lambda: [lock.acquire(), held.set(), go.wait(DEADLINE), lock.release()])
+        assert held.wait(DEADLINE)
+        child = os.fork()
+        if child:
+            go.set()
+            statuses.append(os.waitpid(child, 0)[1])
+        else:
+            signal.alarm(DEADLINE)  # should it hang
+
+    def serve():
+        server.serve_forever(0.001)
+        if os.getpid() != parent:
+            os._exit(0)
+
+    server = derived("udp:127.0.0.1:0", service_actions=lambda self: statuses or fork(self._threads._lock))
+
+    @server.interface.command(pass_request=True)
+    def late(request):
+        request.defer()
+        fork(server.service.open_replies.lock)
+
+    thread = in_thread(serve)
+    wait_until(lambda: statuses)
+    with client_socket(server) as sock:
+        assert ask(server, b":late:\n", sock) == b"200 OK\n"
+    server.stop()
+    thread.join()
+    assert statuses == [0, 0]
+
+
 def test_serve_forever_and_shutdown(name):
     """shutdown() ends serve_forever() and leaves the socket, on which it can begin again; server_close() ends it."""
     server = interface().server(name)
