@@ -681,7 +681,8 @@ class Command:
         self.pass_request = pass_request or is_async
         self.read_only = read_only
         self.core = core
-        self.doc = inspect.getdoc(function.func if isinstance(function, functools.partial) else function) or ""
+        has_none = isinstance(function, functools.partial) and "__doc__" not in vars(function)
+        self.doc = inspect.getdoc(function.func if has_none else function) or ""
         self.slow = False  # whether its last run took longer than a TICK
         self._signature = _signature(function)
         parameters = [*self._signature.parameters.values()]
@@ -754,7 +755,7 @@ class Command:
 
 
 class Counter:
-    """A statistic that counts, right from any thread, signal handler and forked process."""
+    """A statistic that counts, right from any thread and forked process; a signal handler may count, too."""
 
     def __init__(self) -> None:
         self.renew_lock()
@@ -766,7 +767,8 @@ class Counter:
         self.add_one: Callable[[], object] = self._ones.__next__ if has_gil else self.add
 
     def renew_lock(self) -> None:
-        self._lock = threading.RLock()  # as a signal handler may count while its thread does
+        # A signal handler may count while its thread does; up to Python 3.9 one of the two may be lost.
+        self._lock = threading.RLock()
 
     def add(self, amount: int = 1) -> None:
         """Count AMOUNT more."""
@@ -814,7 +816,15 @@ class Deferred:
 
     def drop(self) -> bool:
         """Give up the reply; return False if there was one already."""
-        return self.reply(_Fault("dropped_deferred", detail="never answered"))
+        return self.reply_or_log(_Fault("dropped_deferred", detail="never answered"))
+
+    def reply_or_log(self, result: Any) -> bool:
+        """Answer where nobody is there to learn that it cannot be sent."""
+        try:
+            return self.reply(result)
+        except Exception as error:  # of whoever sends
+            _note(logging.ERROR, "a late reply was not sent", error=error)
+            return True
 
     def claim(self) -> bool:
         """Take the right to answer, which is given once."""
@@ -858,10 +868,7 @@ class OpenReplies:
 
     def _drop(self, late: list[Deferred]) -> None:
         for deferred in late:
-            try:
-                deferred.drop()
-            except Exception as error:  # of whoever sends; the others are to be dropped all the same
-                _note(logging.ERROR, "a late reply was not sent", error=error)
+            deferred.drop()
 
 
 class Step:
@@ -887,7 +894,8 @@ class Service:
     logging: Step = dataclasses.field(default_factory=Step)
 
     def __post_init__(self) -> None:
-        if inspect.iscoroutinefunction(self.authorize):  # what it returns at once is true for everybody
+        call = getattr(type(self.authorize), "__call__", None)  # noqa: B004 - of an object that is no function
+        if any(map(inspect.iscoroutinefunction, (self.authorize, call))):  # it returns what is true for everybody
             raise _wrong("authorize", self.authorize, "a function that is not `async def` is allowed")
 
 
@@ -1007,7 +1015,7 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
         if call.exchange.service.is_forked:
             os._exit(0)
         if outcome is not deferred:  # which answers in its own time
-            deferred.reply(outcome)
+            deferred.reply_or_log(outcome)
 
     def start(request: Request, /, *values: Any, **named: Any) -> Deferred:
         call: Any = request._call
@@ -1917,7 +1925,7 @@ class LeaderFollowers:
        `_poll_ticks` under the lock, so neither misses the other. An idle server makes no wake-ups.
     8. At the shutdown the leader goes on until there is no item left, or `drain` were taken; workers that are done
        empty the backlog and end.
-    9. In a process that is forked no worker goes on: the one that forked ends it.
+    9. In a process that is forked no worker goes on: the one that forked ends it. The watcher returns.
     """
 
     def __init__(self, work: Work, max_workers: int) -> None:
@@ -2012,6 +2020,8 @@ class LeaderFollowers:
         ticks = 0  # in the item that was seen
         while not is_over():
             delay = act()
+            if self._left == FORKED:  # by ACT; nobody may be here to release the lock
+                return
             if self._requested is not None:
                 self.shutdown(self._requested)
             with self._lock:
@@ -2666,6 +2676,7 @@ class ServerMixIn(_Threads):
     def abandon(self) -> None:
         """Give up this server in a process that was forked: neither socket nor threads are its own."""
         self.service.is_forked = True
+        self.service.open_replies = OpenReplies()  # as another thread may have held the lock of the old ones
         if self._threads is not None:
             self._threads.abandon()
             self._poller.close()
@@ -3515,20 +3526,22 @@ def _hints(client: Client, command: str, arguments: list[Any], error: CommandErr
     """Say what would do in place of a call that was refused, as far as the server tells."""
     import difflib
 
-    is_question = command in ("help", "which") and error.reason == "Command Not Found"
+    is_question = arguments and command in ("help", "which") and error.reason == "Command Not Found"
     if is_question or error.code == -32601 or error.reason == "command not available":
         command = str(arguments[0][1]) if is_question else command
         names = difflib.get_close_matches(command, _names(_ask(client, ["which"], as_json)[1], ".+"))
         return [f"did you mean {' or '.join(names)}?"] if names else []
-    if error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments"):
+    is_misfit = error.code == -32602 or error.reason in ("Bad parameter", "Too few or too many arguments")
+    if is_misfit and command != "help":  # which is what is asked
         usages = re.findall("(?m)^Usage:: .*", _tree(_ask(client, ["help", command], as_json)[1]))
         return [line for usage in usages for line in (*_misfits(usage, arguments), usage)]
     return []
 
 
 def _misfits(usage: str, arguments: list[tuple[str, Any]]) -> typing.Iterator[str]:
-    """Say what does not fit a usage like `command ZONE [LIMIT:int] [more::MORE:bool] [NAME::VALUE]...`."""
-    words = re.findall(r"(?<!\S)(\[?)(\w+::)?(\w+)(?::(int|float|bool))?\]?(\.*)(?!\S)", usage)[1:]
+    """Say what does not fit one like `Usage:: command ZONE [LIMIT:int] [more::MORE:bool] [NAME::VALUE]...`."""
+    usage = "".join(usage.split(" ", 2)[2:])
+    words = re.findall(r"(?<!\S)(\[?)(\w+::)?(\w+)(?::(int|float|bool))?\]?(\.*)(?!\S)", usage)
     kinds = {"" if key == "NAME::" else name: kind for _, key, name, kind, _ in words}
     by_place = [(name, dots) for _, key, name, _, dots in words if not key]
     places = itertools.chain(*[itertools.repeat(name) if dots else [name] for name, dots in by_place])

@@ -803,6 +803,10 @@ def test_annotations_of_odd_parameters():
     take.__globals__["Kind"], take.__annotations__["a"] = bool, "bool"
     assert mi.answer(b":take:\n5\n") == mi.answer(b":part:\n5\n") == b"200 OK\n" and calls == [{"a": 5}] * 2
     assert mi.commands["part"].doc == ""  # and not the one of partial
+    part = functools.partial(decorated)
+    part.__doc__ = "Its own."
+    mi.command(part, name="told")
+    assert mi.commands["told"].doc == "Its own."
     mi, calls = taker("a: str = 'd', /, *b: int, k: int = 0, **c: bool")
     for arguments in ("k::1\nk::2", "v\nx", "x::7", "v\na::7"):
         assert mi.answer(f":take:\n{arguments}\n".encode())[:3] == b"400"
@@ -1016,6 +1020,21 @@ def test_async_commands(name):
 
     with contextlib.closing(loop), serving(mi, name) as server, client_socket(server) as sock:
         loop.run_until_complete(asyncio.to_thread(talk))
+
+
+def test_async_reply_that_cannot_be_sent(caplog):
+    """What is raised by whoever sends the reply of an `async def` command is logged, as nobody else learns of it."""
+    loop = asyncio.new_event_loop()
+    mi = interface(loop=loop)
+
+    @mi.command
+    async def late():
+        pass
+
+    loop.call_soon(mi.answer, b":late:\n", None, lambda reply: loop.stop() or 1 / 0)
+    with contextlib.closing(loop):
+        loop.run_forever()
+    assert "ZeroDivisionError" in caplog.text
 
 
 @pytest.mark.parametrize("raised, statuses", [(None, [0]), (ValueError, [1]), (KeyboardInterrupt, [])])
@@ -1945,7 +1964,8 @@ def test_defaults_and_what_a_kind_of_server_cannot_have(folder, caplog):
     for name, parameter, value in (
         (str(folder / "s"), "children_count", 2), ("udp:127.0.0.1:0", "socket_buf_size", 100_000),
         ("udp:127.0.0.1:0", "unix_socket_user", 0), ("udp:127.0.0.1:0", "unix_socket_group", 0),
-        (str(folder / "s"), "authorize", asyncio.sleep),  # as it returns what is true, it would let in everybody
+        *[(str(folder / "s"), "authorize", authorize)  # as it returns what is true, it would let in everybody
+          for authorize in (asyncio.sleep, type("Late", (), {"__call__": asyncio.sleep})())],
     ):  # fmt: skip
         with pytest.raises(mi_datagram.ParameterError, match=f"{parameter}.*{value}"):
             interface().server(name, **{parameter: value})
@@ -2370,6 +2390,42 @@ def test_fork(folder):
     done, status = program(FORK, folder / "s"), "0 ['s']"
     assert done.stdout.splitlines() == ["refused", status, "refused", *[status] * 5, os.getcwd(), "0"]
     assert done.returncode == 1 and "SystemError" in done.stderr and not contents(folder)
+
+
+def test_fork_while_another_thread_holds_a_lock():
+    """A command, and serve_forever() behind its service_actions(), end in a forked process, whoever has held a lock."""
+    statuses, parent = [], os.getpid()
+
+    def fork(lock):
+        held, go = threading.Event(), threading.Event()
+        in_thread(lambda: [lock.acquire(), held.set(), go.wait(DEADLINE), lock.release()])
+        assert held.wait(DEADLINE)
+        child = os.fork()
+        if child:
+            go.set()
+            statuses.append(os.waitpid(child, 0)[1])
+        else:
+            signal.alarm(DEADLINE)  # should it hang
+
+    def serve():
+        server.serve_forever(0.001)
+        if os.getpid() != parent:
+            os._exit(0)
+
+    server = derived("udp:127.0.0.1:0", service_actions=lambda self: statuses or fork(self._threads._lock))
+
+    @server.interface.command(pass_request=True)
+    def late(request):
+        request.defer()
+        fork(server.service.open_replies.lock)
+
+    thread = in_thread(serve)
+    wait_until(lambda: statuses)
+    with client_socket(server) as sock:
+        assert ask(server, b":late:\n", sock) == b"200 OK\n"
+    server.stop()
+    thread.join()
+    assert statuses == [0, 0]
 
 
 def test_serve_forever_and_shutdown(name):
@@ -3710,6 +3766,25 @@ def test_call(ops, main, words, status, stdout, stderr):
     """`call` prints a reply's tree, or with --json its result, and exits with 0; an error on stderr, and exits with 1."""
     done = main("call", "-s", ops, *words)
     assert (done.returncode, done.stdout, done.stderr) == (status, stdout, stderr)
+
+
+def test_hints_of_odd_servers(main, folder):
+    """A parameter's place counts behind whatever name; a `help` that refuses to help is not asked for help about it."""
+    mi = interface()
+
+    @mi.command(name="new:to-day")
+    def today(limit: int):
+        pass
+
+    with serving(mi, folder / "s"):
+        call = functools.partial(main, "call", "-s", folder / "s")
+        hint = "LIMIT: x is no int\nUsage:: {} LIMIT:int\n"
+        assert call("to-day", "x").stderr == "400 Bad parameter\n" + hint.format("to-day")
+        assert call("--json", "to-day", "x").stderr.endswith(hint.format("new:to-day"))
+        for error in (CommandError(404, "Command Not Found"), CommandError(400, "Bad parameter")):
+            mi.command(unittest.mock.Mock(side_effect=error), name="help", replace=True)
+            assert call("help").stderr == f"{error}\n"
+            assert call("to-day", "x").stderr == "400 Bad parameter\n"
 
 
 @pytest.mark.parametrize("words, why", WRONG_CALLS)
