@@ -247,17 +247,17 @@ def error(code, message, data=None):
     return {"code": code, "message": message, **({"data": data} if data else {})}
 
 
-# Requests of the line dialect: what follows `:echo:`, and the nodes that are echoed; None: it breaks the grammar.
+# Requests of the line dialect: what follows `:echo:`, and the nodes that are echoed, or where it breaks the grammar.
 RECORDED = [
     (b"a\nn::v\n", b"a\nn:: v\n"), (b"a\n\n", b"a\n"), (b"", b""), (b" \t\v\f\r\n", b""),
     (b" a \n\tb\v\f\r\n", b"a\nb\n"), (b"a\rb", b"a\\rb\n"), (b"a\n:echo:\nb", b"a\n:echo:\nb\n"),
     (b"[2001:db8::1]:5060", b"[2001:db8:: 1]:5060\n"), (b"::v", b"v\n"), (b"a::b::c", b"a:: b::c\n"),
     (b"a:::b", b"a:: :b\n"), (b"::::", b"::\n"), (b"name::\nb", b"name:: \nb\n"), (b" my name :: v ", b"my name:: v\n"),
-    (b"a::1\na::2", b"a:: 1\na:: 2\n"), (b"'a b'\nit's::v", b"'a b'\nit's:: v\n"), (b"::", None), (b"a\n :: \nb", None),
-    (b'"a b"', b"a b\n"), (b'n:: " a b" \r', b"n::  a b\n"), (b'::"a::b"', b"a::b\n"),
-    (b'"a\r\n\nb"', b"a\\r\\n\\nb\n"), (b'"a\\"b"\nc', b'a"b\nc\n'), (b'"back\\\\slash"', b"back\\\\slash\n"),
-    (b'"', None), (b'"x"y', None), (b'"a" "b"', None), (b'pre"q"', None), (b'"n"::v', None), (b'"a"\x1c', None),
-    (b'"back\\\\"', None),
+    (b"a::1\na::2", b"a:: 1\na:: 2\n"), (b"'a b'\nit's::v", b"'a b'\nit's:: v\n"), (b'"a b"', b"a b\n"),
+    (b'n:: " a b" \r', b"n::  a b\n"), (b'::"a::b"', b"a::b\n"), (b'"a\r\n\nb"', b"a\\r\\n\\nb\n"),
+    (b'"a\\"b"\nc', b'a"b\nc\n'), (b'"back\\\\slash"', b"back\\\\slash\n"), (b'"back\\\\"', (0, "not closed")),
+    (b"::", (0, "neither")), (b"\xc3\xa9\n::\n::", (3, "neither")), (b'"n"::v', (3, "behind")), (b'"a"\x1c', (3, "behind")),
+    (b'\xc3\xa9"x"', (2, "inside")), (b'a\nn::v"w"', (6, "inside")), (b'"\xc3\xa9" "y"', (4, "behind")),
     # not as the original, which refuses these, reads past their ends, or drops what follows a NUL
     (b'""\nx', b"\nx\n"), (b'n::""', b"n:: \n"), (b"name::", b"name:: \n"), (b'"\\"a"', b'"a\n'),
     (b'"a\\"b\\"c"', b'a"b"c\n'), (b"a\n\0b", b"a\n\0b\n"), (b'"a\0b"', b"a\0b\n"),
@@ -290,16 +290,10 @@ def reference_reader(request):
 
 
 TOO_LONG = ("500 Internal server error\n", error(-32603, "Internal error"))
-BREACHES = [  # arguments against the grammar, their byte where that shows, and what the log says of them
-    ("::\n", 0, "neither"), ('a\nb"c"\n', 3, "inside"), ('é"x"\n', 2, "inside"), ('"x', 0, "not closed"),
-    ('"x\\"\n', 0, "not closed"), ('n::v"w"\n', 4, "inside"), ("a\né\n::\nb\n::\n", 5, "neither"),
-    ('"x"y\n', 3, "behind"), ('"é" "y"\n', 4, "behind"),
-]  # fmt: skip
 REFUSED = [  # what no request can carry: command, values, names; and how the refusal calls it
-    ("", [], {}, "''"), ("a:b", [], {}, "'a:b'"), ("\ud800", [], {}, r"\ud800"), ("c", [" x\\"], {}, r"' x\\'"),
-    ("c", [], {" n": "v"}, "' n'"), ("c", [], {"n:": "v"}, "'n:'"), ("c", [], {"n::m": "v"}, "'n::m'"),
-    ("c", [], {'"n"': "v"}, "'\"n\"'"), ("c", [], {"n\nm": "v"}, r"'n\nm'"), ("c", ["\udcc3\udca9"], {}, r"\udcc3"),
-    ("c", [], {"n": "\udfff"}, r"\udfff"), ("c", [], {"\ud800": "v"}, r"\ud800"),
+    ("a:b", [], {}, "'a:b'"), ("c", [" x\\"], {}, r"' x\\'"), ("c", [], {"n::m": "v"}, "'n::m'"),
+    ("\ud800", [], {}, r"\ud800"), ("c", ["\udcc3\udca9"], {}, r"\udcc3"), ("c", [], {"n": "\udfff"}, r"\udfff"),
+    ("c", [], {"\ud800": "v"}, r"\ud800"),
 ]  # fmt: skip
 INVALID = '{V, "error": {"code": -32600, "message": "Invalid Request"}, "id": null}'
 NOT_JSON = '{V, "error": {"code": -32700, "message": "Parse error"}, "id": null}'
@@ -552,7 +546,8 @@ def test_the_house():
 def test_requests_are_read_as_recorded_and_as_the_grammar_says():
     """Whatever stands together in a request is read as the reference reader does, which reads what is recorded so."""
     mi, rng = interface(), random.Random(3)
-    replies = {b":echo:\n" + sent: PARSE_ERROR if shown is None else b"200 OK\n" + shown for sent, shown in RECORDED}
+    replies = {b":echo:\n" + sent: PARSE_ERROR if type(shown) is tuple else b"200 OK\n" + shown
+               for sent, shown in RECORDED}
     assert replies == {request: reference_reader(request) for request in replies}
     assert not any([mi.answer(reply) for reply in replies.values()])  # as they are somebody's answer
     pieces = (b"a", b":", b"::", b'"', b'\\"', b" ", b"\n", b"\r")
@@ -572,12 +567,11 @@ def test_requests_are_read_as_recorded_and_as_the_grammar_says():
 
 def test_errors_say_what_is_wrong_and_where(caplog):
     """A breach of the grammar is logged with its byte and `400` for the peer; format_request names what it refuses."""
-    for arguments, position, what in BREACHES:
-        request = b":nothing:\n" + arguments.encode()
+    for sent, (position, what) in [row for row in RECORDED if type(row[1]) is tuple]:
         with pytest.raises(mi_datagram.RequestError, match=what) as caught:
-            mi_datagram.parse_request(request)
-        assert caught.value.position == position + 10 and interface(core=[]).answer(request) == PARSE_ERROR
-        assert re.search(rf"{what}.* at byte {position + 10}'", caplog.records[-1].getMessage())
+            mi_datagram.parse_request(b":echo:\n" + sent)
+        assert caught.value.position == position + 7 and interface(core=[]).answer(b":echo:\n" + sent) == PARSE_ERROR
+        assert re.search(rf"{what}.* at byte {position + 7}'", caplog.records[-1].getMessage())
     for first_line in (b":a:b:\n", b":a\nb:\n", b"::\n", b"a:\n", b":a"):
         with pytest.raises(mi_datagram.RequestError, match="first line"):
             mi_datagram.parse_request(first_line)
@@ -752,7 +746,8 @@ def test_what_a_command_returns_or_raises_becomes_the_reply(folder, monkeypatch,
 
 @pytest.mark.parametrize("first", ["", "request, "])
 def test_arguments_bind_as_in_a_python_call(first):
-    """Values bind by position and by name in both dialects, and what does not match is refused and not run."""
+    """Values bind by position and by name in both dialects, beside a Request or not; else it is refused and not run."""
+    peer = mi_datagram.Peer(("127.0.0.1", 5))
     for signature in SIGNATURES:
         (mi, calls), (plain, expected) = taker(first + signature, pass_request=bool(first)), taker(signature)
         for values, names in itertools.product(("", "x", "xy", "xyz"), GIVEN):
@@ -761,13 +756,16 @@ def test_arguments_bind_as_in_a_python_call(first):
             if not (first and "request" in named and "/" not in signature):  # no peer can name that one
                 with contextlib.suppress(TypeError):
                     plain.commands["take"].function(*values, **named)
-            replies = [mi.answer(mi_datagram.format_request("take", *values, **named)) for _ in "12"]
+            replies = [mi.answer(mi_datagram.format_request("take", *values, **named), peer) for _ in "12"]
             assert replies == [b"200 OK\n" if expected else b"400 Too few or too many arguments\n"] * 2
             if not (values and named):
                 reason = "Named parameters do not match" if named else "Too few or too many parameters"
-                assert rpc(mi, "take", named or [*values]) == ("OK" if expected else error(*BAD_PARAMS, reason))
-            got = [{name: value for name, value in call.items() if name != first[:-2]} for call in calls]
-            assert got == expected * len(calls) and bool(calls) == bool(expected), (signature, values, named)
+                result = rpc(mi, "take", named or [*values], lambda data: mi.answer(data, peer))  # noqa: B023
+                assert result == ("OK" if expected else error(*BAD_PARAMS, reason))
+            sent = [*[("", value) for value in values], *named.items()]
+            for call, dialect in zip(calls if first else (), ("line", "line", "json")):
+                assert call.pop("request") == mi_datagram.Request("take", sent, peer, dialect)
+            assert calls == expected * len(calls) and bool(calls) == bool(expected), (signature, values, named)
 
 
 @pytest.mark.parametrize("prefix", ["", "from __future__ import annotations"])
@@ -804,16 +802,6 @@ def test_annotations_of_odd_parameters():
         assert mi.answer(f":take:\n{arguments}\n".encode())[:3] == b"400"
     assert mi.answer(b":take:\nx::no\nx::yes\nv\n1\n2\n") == mi.answer(b":take:\na::no\nk::3\n") == b"200 OK\n"
     assert calls == [{"a": "v", "b": (1, 2), "k": 0, "c": {"x": True}}, {"a": "d", "b": (), "k": 3, "c": {"a": False}}]
-
-
-def test_request_as_a_command_sees_it():
-    """With pass_request a command learns name, arguments as sent, dialect and peer."""
-    (mi, calls), peer = taker("request, a=None, **names", pass_request=True), mi_datagram.Peer(("127.0.0.1", 5))
-    mi.answer(b':take:\n x \nb::"y "\nb::z\n', peer)
-    rpc(mi, "take", {"a": 1, "b": True}, lambda data: mi.answer(data, peer))
-    sent = [("", "x"), ("b", "y "), ("b", "z")], [("a", 1), ("b", True)]
-    requests = [mi_datagram.Request("take", pairs, peer, dialect) for pairs, dialect in zip(sent, ("line", "json"))]
-    assert [call["request"] for call in calls] == requests and calls[0]["names"] == {"b": "z"}
 
 
 def test_registering_commands():
