@@ -7,9 +7,12 @@ needs python3-venv); `python -m pytest` runs the tests on one.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,10 +20,6 @@ HERE = Path(__file__).resolve().parent
 
 def run_tox(arguments):
     """Run tox from an environment that the first run makes here or, if this is read-only, in the user's cache."""
-    import importlib.util
-    import shutil
-    import venv
-
     place, environment = HERE, dict(os.environ)
     if not os.access(HERE, os.W_OK):
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "mi_datagram")
@@ -50,11 +49,9 @@ if __name__ == "__main__":  # before pytest is needed, which a fresh machine doe
 
 import ast
 import asyncio
-import collections
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import enum
 import errno
 import fcntl
@@ -71,7 +68,6 @@ import re
 import resource
 import select
 import shlex
-import shutil
 import signal
 import socket
 import socketserver
@@ -86,7 +82,6 @@ import time
 import types
 import typing
 import unittest.mock
-from decimal import Decimal
 
 import pytest
 
@@ -220,12 +215,7 @@ def process(*arguments, command=MI, env=(), **options):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, **dict(env)}, **options}
     with subprocess.Popen([*command, *map(str, arguments)], text=True, **options) as popen:
         popen.log = []
-
-        def read():
-            for line in popen.stderr:
-                popen.log.append(line)
-
-        reader = in_thread(read)
+        reader = in_thread(lambda: [popen.log.append(line) for line in popen.stderr])
         try:
             wait_until(lambda: any("listening on" in line for line in popen.log) or not reader.is_alive())
             yield popen
@@ -357,7 +347,7 @@ TREES = [  # what a command returns, or a function that makes it; its reply belo
     (Reply(), "", "OK"), (Reply(nodes=0), "0\n", 0), ({"a\nb": "c\r\nd"}, "a\\nb:: c\\r\\nd\n", {"a\nb": "c\r\nd"}),
     (Node(None, None, {"k\n": "\r"}), " k\\n=\\r\n", {"k\n": "\r"}),
     # what neither dialect knows by itself
-    *[(one, f"{one}\n", str(one)) for one in (datetime.date(2026, 1, 2), Decimal("1.50"), Path("/a"), Color.RED)],
+    *[(one, f"{one}\n", str(one)) for one in (Path("/a"), Color.RED, 1 + 2j)],
     ({7}, "7\n", [7]), (lambda: (n for n in (1, 2)), "1\n2\n", [1, 2]), (range(2), "0\n1\n", [0, 1]),
     (b"\xc3\xa9", "é\n", "é"), ({"a": {"b": 1}.items()}, "a:: \n\t\n\t\tb\n\t\t1\n", {"a": [["b", 1]]}),
     (types.MappingProxyType({"a": 1}), "a:: 1\n", {"a": 1}),
@@ -1055,11 +1045,13 @@ def probe(monkeypatch):
 
 def fits(pattern, value):
     """Whether VALUE is as PATTERN says, in which texts are regular expressions."""
-    if isinstance(pattern, (dict, list)):
-        pairs = zip(*[one.values() if isinstance(one, dict) else one for one in (pattern, value)])
-        return type(pattern) is type(value) and len(pattern) == len(value) and all(itertools.starmap(fits, pairs))
-    same = pattern == value and type(pattern) is type(value)
-    return same or (isinstance(pattern, str) and isinstance(value, str) and re.fullmatch(pattern, value))
+    if type(pattern) is not type(value):
+        return False
+    if isinstance(pattern, dict):
+        return [*pattern] == [*value] and all(map(fits, pattern.values(), value.values()))
+    if isinstance(pattern, list):
+        return len(pattern) == len(value) and all(map(fits, pattern, value))
+    return pattern == value or (isinstance(pattern, str) and re.fullmatch(pattern, value))
 
 
 def test_core_commands_answer_as_the_original(probe):
@@ -1518,7 +1510,7 @@ class MadeUp:
     """
 
     def __init__(self, max_workers=4, urgent=(), **callables):
-        self.queue, self.ran, self.told, self.acts = collections.deque(), [], [], []
+        self.queue, self.ran, self.told, self.acts = [], [], [], []
         self.news, self.polling, self.go = queue.SimpleQueue(), threading.Lock(), threading.Event()
         work = mi_datagram.Work(**{
             "receive": self.receive, "handle": lambda item: item(), "size": lambda item: 1, "poll": self.poll,
@@ -1528,7 +1520,7 @@ class MadeUp:
         self.turns = mi_datagram.LeaderFollowers(work, max_workers)
 
     def receive(self):
-        item = self.queue.popleft() if self.queue else BlockingIOError()
+        item = self.queue.pop(0) if self.queue else BlockingIOError()
         if isinstance(item, Exception):
             raise item
         return item
@@ -1776,17 +1768,12 @@ def test_mixed_items():
     def slow():
         made.ran.append(0)
         made.turns.yield_lead()
-        running.append(1)
-        at_once.append(len(running))
         time.sleep(0.002)
-        running.pop()
 
-    running, at_once = [], []
     with MadeUp(max_workers=8) as made:
         made.put(*[made.item(number) if number % 100 else slow for number in range(10_000)])
         wait_until(lambda: len(made.ran) == 10_000)
         assert sorted(made.ran) == [0] * 100 + [number for number in range(10_000) if number % 100]
-        assert max(at_once) <= 8
         wait_until(made.is_asleep)
         with made.turns._lock:
             in_thread(made.turns.request_shutdown, 0).join(DEADLINE)
