@@ -310,15 +310,13 @@ CALLS = [  # of a call its members, the code of its error, 0 for a result, and t
     *[('V,"method":"update","id":' + ident, -32600, "null") for ident in ("true", "[1]", "{}")],
     *[('V,"method":"update","id":' + ident, -32700, "null") for ident in ("1e400", "NaN", "01")],
     *[(f'V,"method":"update","params":{params},"id":1', -32600, "1") for params in ('"x"', "null", "7", "true")],
-    ('V,"method":"update","result":1,"error":2,"id":1', 0, "1"), ('V,"method":"none","id":1.5', -32601, "1.5"),
-    ('"jsonrpc":"1.0","method":"update","id":1', -32600, "1"), ('"jsonrpc":2.0,"method":"update","id":1', -32600, "1"),
-    ('"method":"update","id":"x"', -32600, '"x"'), ('V,"id":1', -32600, "1"), ('"a":1}{', -32700, "null"),
-    ('"\udcff":1', -32700, "null"),
+    ('V,"method":"update","result":1,"error":2,"id":1', 0, "1"), ('"method":"update","id":"x"', -32600, '"x"'),
+    ('"jsonrpc":2.0,"method":"update","id":1', -32600, "1"), ('V,"id":1', -32600, "1"), ('"a":1}{', -32700, "null"),
+    ('"\udcff":1', -32700, "null"), ('V,"method":"none","id":1.5', -32601, "1.5"),
 ]  # fmt: skip
 ANSWERS = [  # what must never be answered, as it is somebody's answer already
-    b"", b"2", b"200 OK\n", b"500 command not available\n", b"9" * 70000, b'{"result":"' + b"x" * 70000 + b'"}',
-    b'{"error":[]}', b'{"jsonrpc":"2.0","result":1,"id":1}', b' \r\n{"result":null}', b'[{"result":1}]',
-    b'[1,{"error":1}]', b'[{"jsonrpc":"2.0","method":"burst","id":1},{"jsonrpc":"2.0","result":1,"id":1}]',
+    b"", b"2", b"200 OK\n", b"9" * 70000, b'{"result":"' + b"x" * 70000 + b'"}', b'{"error":[]}', b'[1,{"error":1}]',
+    b' \r\n{"result":null}', b'[{"jsonrpc":"2.0","method":"burst","id":1},{"jsonrpc":"2.0","result":1,"id":1}]',
     b'[{"result":1}' + b',{"jsonrpc":"2.0","method":"burst","id":1}' * 100 + b"]",
 ]  # fmt: skip
 LIMITS = {  # of each dialect a request, its reply, the refusal of a longer request, and of a longer reply
@@ -344,18 +342,17 @@ TREES = [  # what a command returns, or a function that makes it; its reply belo
     ({"a": Node(None, 1, {"k": 2})}, "a:: 1 k=2\n", {"a": {"value": 1, "attributes": {"k": 2}}}),
     ({"a": Node("b", 1)}, "a:: \n\tb:: 1\n", {"a": {"b": 1}}),
     ([Node("a", 1), Node("a", 2)], "a:: 1\na:: 2\n", [{"a": 1}, {"a": 2}]), (Reply(nodes=["x"]), "x\n", ["x"]),
-    (Reply(), "", "OK"), (Reply(nodes=0), "0\n", 0), ({"a\nb": "c\r\nd"}, "a\\nb:: c\\r\\nd\n", {"a\nb": "c\r\nd"}),
-    (Node(None, None, {"k\n": "\r"}), " k\\n=\\r\n", {"k\n": "\r"}),
+    (Reply(), "", "OK"), (Reply(nodes=0), "0\n", 0), (Node(None, None, {"k\n": "\r"}), " k\\n=\\r\n", {"k\n": "\r"}),
+    ({"a\nb": "c\r\nd"}, "a\\nb:: c\\r\\nd\n", {"a\nb": "c\r\nd"}), (range(2), "0\n1\n", [0, 1]),
     # what neither dialect knows by itself
     *[(one, f"{one}\n", str(one)) for one in (Path("/a"), Color.RED, 1 + 2j)],
-    ({7}, "7\n", [7]), (lambda: (n for n in (1, 2)), "1\n2\n", [1, 2]), (range(2), "0\n1\n", [0, 1]),
-    (b"\xc3\xa9", "é\n", "é"), ({"a": {"b": 1}.items()}, "a:: \n\t\n\t\tb\n\t\t1\n", {"a": [["b", 1]]}),
-    (types.MappingProxyType({"a": 1}), "a:: 1\n", {"a": 1}),
+    (lambda: (n for n in (1, 2)), "1\n2\n", [1, 2]), (types.MappingProxyType({"a": 1}), "a:: 1\n", {"a": 1}),
+    ({"a": {"b": 1}.items()}, "a:: \n\t\n\t\tb\n\t\t1\n", {"a": [["b", 1]]}),
     (Entry("k"), "key:: k\nttl:: \n", {"key": "k", "ttl": None}),
     ([Entry("k", {1})], "\n\tkey:: k\n\tttl:: \n\t\t1\n", [{"key": "k", "ttl": [1]}]),
     *[(type("Odd", (kind,), {"__str__": lambda self: "odd"})(value), f"{value}\n", value)
       for kind, value in ((int, 1), (float, 0.5), (str, "a"))],
-    ([bytearray(b"a"), memoryview(b"b")], "a\nb\n", ["a", "b"]),
+    ([b"\xc3\xa9", bytearray(b"a"), memoryview(b"b")], "é\na\nb\n", ["é", "a", "b"]),
     (lambda: {"a": (n for n in (1, 2)), Color.RED: {4}, (1, 2): [{b"k": Node(None, iter([3]), {"a": 4})}]},
      "a:: \n\t1\n\t2\nColor.RED:: \n\t4\n(1, 2):: \n\t\n\t\tk::  a=4\n\t\t\t3\n",
      {"a": [1, 2], "Color.RED": [4], "(1, 2)": [{"k": {"value": [3], "attributes": {"a": 4}}}]}),
@@ -392,7 +389,6 @@ CONVERSIONS = [  # annotation, what is sent, a text in both dialects and anythin
      "'int | None'", "Optional['int']", "typing.Annotated[Optional[int], 'ms']")
      for sent, got in (("5", 5), (5, 5), (5.0, 5), ("", None), (None, None), ("x", BAD), (True, BAD), ([], BAD))],
     *[("Optional[str]", sent, got) for sent, got in (("", ""), ("5", "5"), (5, "5"), (None, None), (True, BAD))],
-    ("Optional[bool]", "", None), ("float | None", "x", BAD), ("float | None", None, None),
     *[(kind, sent, sent) for kind in ("list", "Unknown", "Optional[Unknown]", "int | str", "typing.List[int]",
      "typing.Any") for sent in ("5", "", 5, True, None, [1, {"a": None}])],
 ]  # fmt: skip
@@ -948,9 +944,6 @@ def test_async_commands(name):
     async def divide(me, request: int, how: str = "return"):
         await asyncio.sleep(0.01)  # until the server has turned to other requests
         assert asyncio.get_running_loop() is loop
-        if how == "give up":
-            asyncio.current_task().cancel()
-            await asyncio.sleep(0)
         if how == "defer":
             deferred = me.defer()
             loop.call_later(0.01, deferred.reply, "now")
@@ -958,7 +951,7 @@ def test_async_commands(name):
         if how == "steal":
             return mi_datagram.Deferred(None)
         if how != "return":
-            raise {"refuse": CommandError(404, "Not Found"), "exit": SystemExit("secret")}[how]
+            raise {"refuse": CommandError(404, "No"), "exit": SystemExit("no"), "end": asyncio.CancelledError()}[how]
         return {me.dialect: 10 / request}
 
     @mi.command
@@ -978,14 +971,14 @@ def test_async_commands(name):
             ("request::4", {"request": 4}, b"200 OK\nline:: 2.5\n", {"json": 2.5}),
             ("x", ["x"], b"400 Bad parameter\n", bad), ("0", [0], FAILED[0].encode(), FAILED[1]),
             *[(f"4\n{how}", [4, how], FAILED[0].encode(), FAILED[1]) for how in ("exit", "steal")],
-            ("4\nrefuse", [4, "refuse"], b"404 Not Found\n", error(404, "Not Found")),
+            ("4\nrefuse", [4, "refuse"], b"404 No\n", error(404, "No")),
             ("4\ndefer", [4, "defer"], b"200 OK\nnow\n", "now"),
         ):  # fmt: skip
             assert ask(server, f":divide:\n{text}".encode(), sock) == reply
             assert rpc(mi, "divide", params, lambda request: ask(server, request, sock)) == data
         for dropped, factory in enumerate([None, create_cancelled], 1):
             loop.set_task_factory(factory)
-            send(server, sock, b":divide:\n4\ngive up")
+            send(server, sock, b":divide:\n%d\nend" % dropped)  # one equal to the last may be taken for that
             wait_until(lambda: count(mi, "dropped_deferred") == dropped)  # noqa: B023
         loop.set_task_factory(None)
         assert ask(server, b":end:\nrequest::bye\n", sock) == b"200 OK\nbye\n" and after[0] > 0
@@ -1280,9 +1273,8 @@ NO_DIGITS = "9" * 5000  # more than int() reads
 WRONG_ACCOUNTS = ("no such one", "", "a\0b", -1, 1.5, True, 2**32 - 1, "\u00b2", NO_DIGITS)
 WRONG_VALUES = {
     "socket_name": (
-        None, 5, b"/x", "", "x", "/", "/a\0b", "/\ud800", "/" + "a" * 200, "/no/such/folder/s", "/dev/null",
-        "/dev/null/s", "udp:", "udp:127.0.0.1", "udp::8080", "udp:127.0.0.1:", "udp:127.0.0.1:-1", "udp:[::1]:70000",
-        "udp:127.0.0.1:\u0663", f"udp:127.0.0.1:{NO_DIGITS}", "udp:a..b:1", "udp:\ud800:1"),
+        None, 5, b"/x", "", "x", "/", "/a\0b", "/\ud800", "/" + "a" * 200, "/no/such/folder/s", "/dev/null/s", "udp:h",
+        "udp::8080", "udp:h:", "udp:h:-1", "udp:[::1]:70000", "udp:h:\u0663", f"udp:h:{NO_DIGITS}", "udp:a..b:1"),
     "children_count": (0, -1, 1.0, "x", None), "unix_socket_mode": ("09", "rw", "", 660, -1, 0o1000, 6.0, True, None),
     "unix_socket_user": WRONG_ACCOUNTS, "unix_socket_group": WRONG_ACCOUNTS,
     "socket_timeout": (-1, 1.5, "x", "", True, None, [], NO_DIGITS), "socket_buf_size": (0, -1, 2**30, "64 k", None),
@@ -1725,13 +1717,12 @@ def test_worker_that_dies_is_replaced(monkeypatch):
 def test_follower_that_dies_follows_no_more():
     """A follower that dies for want of memory is not counted on: another thread replaces the next leader that stalls."""
     def wait_for(predicate):
-        if predicate():
-            return real(predicate)
-        made.turns._turn.wait_for = real
-        raise MemoryError
+        if not predicate():
+            del made.turns._turn.wait_for  # from now on there is memory
+            raise MemoryError
 
     with MadeUp() as made:
-        real, made.turns._turn.wait_for = made.turns._turn.wait_for, wait_for
+        made.turns._turn.wait_for = wait_for
         made.put(made.held)
         wait_until(lambda: len(workers()) == 2)
         made.go.set()
