@@ -25,8 +25,7 @@ def run_tox(arguments):
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "mi_datagram")
         environment["TOX_WORK_DIR"] = str(place / ".tox")
     home = place / ".venv"
-    python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    complete = home / "complete"
+    python, complete = home / "bin" / "python", home / "complete"
     if not (complete.exists() and python.exists()):  # one that is half-made is made anew
         try:
             if importlib.util.find_spec("ensurepip") is None:
@@ -124,10 +123,7 @@ def interface(core=None, **parameters):
     def echo(request, *values, **named):
         return [Node(name or None, value) for name, value in request.arguments]
 
-    @mi.command(read_only=True)
-    def nothing():
-        """Say nothing."""
-
+    mi.command(lambda: None, name="nothing", read_only=True)
     return mi
 
 
@@ -937,7 +933,7 @@ def test_deferrals_that_are_refused(monkeypatch):
 
 def test_async_commands(name):
     """They bind, run on the given loop, answer, fail and defer as others do; what is cancelled is dropped."""
-    loop, after, bad = asyncio.new_event_loop(), [], error(*BAD_PARAMS, "Bad type for parameter 'request'")
+    loop, bad = asyncio.new_event_loop(), error(*BAD_PARAMS, "Bad type for parameter 'request'")
     mi = interface(loop=loop)
 
     @mi.command(pass_request=True)
@@ -945,9 +941,8 @@ def test_async_commands(name):
         await asyncio.sleep(0.01)  # until the server has turned to other requests
         assert asyncio.get_running_loop() is loop
         if how == "defer":
-            deferred = me.defer()
-            loop.call_later(0.01, deferred.reply, "now")
-            return deferred
+            loop.call_later(0.01, me.defer().reply, "now")
+            return me.defer()
         if how == "steal":
             return mi_datagram.Deferred(None)
         if how != "return":
@@ -957,8 +952,7 @@ def test_async_commands(name):
     @mi.command
     async def end(request):
         server.stop()  # returns at once
-        after.append(server.socket.fileno())
-        return request
+        return request, server.socket.fileno() > 0
 
     def create_cancelled(loop, coroutine, **options):  # before its first step
         task = asyncio.Task(coroutine, loop=loop, **options)
@@ -981,7 +975,7 @@ def test_async_commands(name):
             send(server, sock, b":divide:\n%d\nend" % dropped)  # one equal to the last may be taken for that
             wait_until(lambda: count(mi, "dropped_deferred") == dropped)  # noqa: B023
         loop.set_task_factory(None)
-        assert ask(server, b":end:\nrequest::bye\n", sock) == b"200 OK\nbye\n" and after[0] > 0
+        assert ask(server, b":end:\nrequest::bye\n", sock) == b"200 OK\nbye\ntrue\n"
         wait_until(lambda: server.socket.fileno() < 0)
 
     with contextlib.closing(loop), serving(mi, name) as server, client_socket(server) as sock:
@@ -1688,11 +1682,11 @@ def test_end_leaves_what_waits(many):
 def test_thread_that_cannot_be_started(monkeypatch, dies):
     """A leader that is held, or dies, is replaced once there is a thread again; without any nothing starts."""
     with MadeUp() as made:
-        with monkeypatch.context() as patch:
-            refusing_threads(patch, range(1 << 30))
-            made.put(lambda: 1 // 0 if dies else made.held(), made.item("next"))
-            wait_until(lambda: "thread_errors" in made.told)
-            assert "next" not in made.ran and not MadeUp().turns.start()
+        refusing_threads(monkeypatch, range(1 << 30))
+        made.put(lambda: 1 // 0 if dies else made.held(), made.item("next"))
+        wait_until(lambda: "thread_errors" in made.told)
+        assert "next" not in made.ran and not MadeUp().turns.start()
+        monkeypatch.undo()
         wait_until(lambda: made.ran[-1:] == ["next"])
 
 
@@ -1884,16 +1878,12 @@ def test_udp_names(given, host):
             interface().server(server.socket_name)
 
 
-def test_other_names():
-    """A path may be a PathLike, a link-local address keeps its scope."""
-    names = {Path("s"): "./s", Path("/a/s"): "/a/s", Path("udp:h:5"): "./udp:h:5", "udp:[fe80::1%lo]:5": ("fe80::1%lo", 5)}
+def test_names_and_defaults(caplog):
+    """A path may be a PathLike, a link-local address keeps its scope; UDP has its own limits, and warns if it is open."""
+    names = {Path("s"): "./s", Path("/a/s"): "/a/s", Path("udp:h:5"): "./udp:h:5", "udp:[fe80::1%l]:5": ("fe80::1%l", 5)}
     assert {name: mi_datagram.parse_socket_name(name) for name in names} == names
     peers = [str(mi_datagram.Peer(("fe80::1", 5, 0, scope))) for scope in (0, 3)]
     assert peers == ["udp:[fe80::1]:5", "udp:[fe80::1%3]:5"]
-
-
-def test_defaults_and_what_udp_cannot_have(caplog):
-    """What is not given is as in the original; what is not for UDP is refused; that it asks nobody is warned about."""
     assert mi_datagram.check_parameters({}) == DEFAULTS and Client("./s").timeout == 2000
     assert {*mi_datagram.Parameters.__annotations__} == {*DEFAULTS}
     with pytest.raises(TypeError, match="socket_name"):
