@@ -315,12 +315,6 @@ ANSWERS = [  # what must never be answered, as it is somebody's answer already
     b' \r\n{"result":null}', b'[{"jsonrpc":"2.0","method":"burst","id":1},{"jsonrpc":"2.0","result":1,"id":1}]',
     b'[{"result":1}' + b',{"jsonrpc":"2.0","method":"burst","id":1}' * 100 + b"]",
 ]  # fmt: skip
-LIMITS = {  # of each dialect a request, its reply, the refusal of a longer request, and of a longer reply
-    "line": (":%s:\n%s", "200 OK\n%s\n", "400 request too long\n", "500 Internal server error\n"),
-    "json": ('{"jsonrpc":"2.0","method":"%s","params":["%s"],"id":7}', '{"jsonrpc":"2.0","result":"%s","id":7}',
-             '{"jsonrpc":"2.0","error":{"code":-32600,"message":"Invalid Request"},"id":null}',
-             '{"jsonrpc":"2.0","error":{"code":-32603,"message":"Internal error"},"id":7}'),
-}  # fmt: skip
 Weird = type("Weird", (Exception,), {"__str__": lambda self: 1 / 0})
 Bare = type("Bare", (CommandError,), {"__init__": lambda self: None})
 Gone, Entry = type("Gone", (Reply,), {}), dataclasses.make_dataclass("Entry", [("key", str), ("ttl", object, None)])
@@ -460,9 +454,8 @@ SHAPES = [  # names of a command, its params, the answer, of texts a pattern, as
 FORBIDDEN = [  # what a peer may not ask, and the command that `authorize` hears of, call by call
     (b":nothing:\n", ["nothing"]), (b":nothing:\n::\n", ["nothing"]), (b":nothing:\ntoo many\n", ["nothing"]),
     (b"nonsense", [""]), (b":none:\n", ["none"]), (b":burst:\n", ["burst"]), (b":echo:\n" + b"x" * 65451, [""]),
-    (b"{", [""]), (b"[]", [""]), (b'{"jsonrpc":"2.0","method":"nothing","id":1}', ["nothing"]),
-    (b'{"jsonrpc":"2.0","method":"none","id":1}', ["none"]),
-    (b'[{"jsonrpc":"2.0","method":"nothing","id":1},7]', ["nothing", ""]), (b"[{}" + b",{}" * 64 + b"]", [""]),
+    (b"{", [""]), (b'{"jsonrpc":"2.0","method":"none","id":1}', ["none"]), (b"[{}" + b",{}" * 64 + b"]", [""]),
+    (b'[{"jsonrpc":"2.0","method":"nothing","id":1},7]', ["nothing", ""]),
 ]  # fmt: skip
 QUIET = """
 import logging, os, signal, sys, threading, warnings
@@ -678,17 +671,21 @@ def test_batches_and_notifications():
 
 
 @pytest.mark.parametrize("limit", [100, 65457])
-@pytest.mark.parametrize("dialect", LIMITS)
-def test_limit_of_size(name, dialect, limit, caplog):
+@pytest.mark.parametrize("request_, reply, too_long, too_much", [
+    (":%s:\n%s", "200 OK\n%s\n", "400 request too long\n", "500 Internal server error\n"),
+    ('{"jsonrpc":"2.0","method":"%s","params":["%s"],"id":7}', '{"jsonrpc":"2.0","result":"%s","id":7}',
+     '{"jsonrpc":"2.0","error":{"code":-32600,"message":"Invalid Request"},"id":null}',
+     '{"jsonrpc":"2.0","error":{"code":-32603,"message":"Internal error"},"id":7}'),
+], ids=["line", "json"])  # fmt: skip
+def test_limit_of_size(name, request_, reply, too_long, too_much, limit, caplog):
     """Requests and replies of socket_buf_size bytes pass whole; of one more none is run, and none is sent."""
     mi, sizes = interface(), []
     mi.command(lambda text: sizes.append(len(text)) or "", name="size")
     mi.command(lambda length: "x" * int(length), name="fill")
-    request, reply, too_long, too_much = LIMITS[dialect]
-    most, room = limit - len(request % ("size", "")), limit - len(reply % "")
+    most, room = limit - len(request_ % ("size", "")), limit - len(reply % "")
     with serving(mi, name, socket_buf_size=limit) as server:
         calls = ("size", "x" * most), ("size", "x" * (most + 1)), ("fill", room), ("fill", room + 1)
-        replies = [ask(server, (request % call).encode()).decode() for call in calls]
+        replies = [ask(server, (request_ % call).encode()).decode() for call in calls]
     assert replies == [reply % "", too_long, reply % ("x" * room), too_much] and sizes == [most]
     assert any(str(limit + 1) in line and str(limit) in line for line in caplog.text.splitlines())
 
@@ -1882,8 +1879,7 @@ def test_names_and_defaults(caplog):
     """A path may be a PathLike, a link-local address keeps its scope; UDP has its own limits, and warns if it is open."""
     names = {Path("s"): "./s", Path("/a/s"): "/a/s", Path("udp:h:5"): "./udp:h:5", "udp:[fe80::1%l]:5": ("fe80::1%l", 5)}
     assert {name: mi_datagram.parse_socket_name(name) for name in names} == names
-    peers = [str(mi_datagram.Peer(("fe80::1", 5, 0, scope))) for scope in (0, 3)]
-    assert peers == ["udp:[fe80::1]:5", "udp:[fe80::1%3]:5"]
+    assert str(mi_datagram.Peer(("fe80::1", 5, 0, 3))) == "udp:[fe80::1%3]:5"
     assert mi_datagram.check_parameters({}) == DEFAULTS and Client("./s").timeout == 2000
     assert {*mi_datagram.Parameters.__annotations__} == {*DEFAULTS}
     with pytest.raises(TypeError, match="socket_name"):
