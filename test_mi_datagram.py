@@ -422,12 +422,11 @@ SHAPES = [  # names of a command, its params, the answer, of texts a pattern, as
     ("ps core:ps", [], {"Processes": [{"ID": 0, "PID": os.getpid(), "Type": ".+"}, CHILD]}),
     ("log_level core:log_level", [], {"Log level": 1}), ("which core:which", ["log_level"], [[], ["level"]]),
     *[("log_level debug", [level], BAD_LEVEL) for level in ("x", 5, -6)], ("which", ["cache:"], ["cache:size"]),
-    ("which", {"command": "core:kill"}, [[]]), ("which", ["get_statistics"], [["statistics"]]),
-    ("which", ["list"], [[], ["statistics"]]), ("which", ["take"], [[], ["k"]]), ("which help", ["none"], GONE),
+    ("which", {"command": "kill"}, [[]]), ("which", ["list"], [[], ["statistics"]]), ("which", ["take"], [[], ["k"]]),
     ("which", ["statistics:"], [f"statistics:{name}" for name in ("clear", "get", "list", "reset", "reset_all")]),
     ("help core:help", ["uptime"], {"Help": "Tell the time.*", "Exported by": "core", "Usage": "uptime"}),
     ("help", {"mi_cmd": "statistics:get"}, {"Help": ".+", "Exported by": "statistics", "Usage": "get_statistics .+"}),
-    ("help", {"command": "size"}, {"Help": "", "Exported by": "cache", "Usage": "cache:size"}),
+    ("help", {"command": "size"}, {"Help": "", "Exported by": "cache", "Usage": "cache:size"}), ("which help", ["none"], GONE),
     ("help", ["flush"], {"Help": "D(.*\n)+At most L.+", "Exported by": "probe", "Usage": r"flush ZONE \[LIMIT:int\]"}),
     *[("get_statistics statistics:get", params, BOTH)
      for params in ({"statistics": ["size", "other:"]}, [["size", "other:"]], ["size", "other:"])],
@@ -436,20 +435,18 @@ SHAPES = [  # names of a command, its params, the answer, of texts a pattern, as
     ("list_statistics list", [["cache:"]], {"cache:hits": "incremental", "cache:size": "non-incremental"}),
     ("reset_statistics reset", {"statistics": ["cache:"]}, "OK"), ("get", ["hits"], {"cache:hits": 0, "other:hits": 1}),
     ("clear_statistics", ["other:"], {"other:hits": 1}), ("reset_all_statistics reset_all", [], "OK"),
-    ("kill core:kill", [], "OK"), ("core.uptime", [], {"now": NOW, "up_since": SINCE, "uptime": 1000}),
+    ("kill core:kill", [], "OK"), ("core.version", [], r"probe \(1\.2\)"), ("stats.fetch stats.fetchn", ["none"], {}),
+    ("core.uptime", [], {"now": NOW, "up_since": SINCE, "uptime": 1000}), ("stats.fetch", ["size"], {"cache.size": "7"}),
     ("core.psx", [], [{"IDX": 0, "PID": os.getpid(), "DSC": ".+"}, {"IDX": 2, "PID": 7, "DSC": "child"}]),
-    ("core.version", [], r"probe \(1\.2\)"), ("core.pwd", [], [CWD]), ("system.methodHelp", ["ps"], "List the .+"),
-    ("system.methodHelp", [], error(400, "Method Name Expected")),
-    ("system.methodHelp", ["core.uptime"], "Tell the time.+"),
-    ("system.methodHelp", ["none"], error(400, "command not found")),
+    ("core.pwd", [], [CWD]), ("stats.get_statistics", ["none"], []),
+    ("system.methodHelp", ["ps"], "List the .+"), ("system.methodHelp", [], error(400, "Method Name Expected")),
+    ("system.methodHelp", ["core.uptime"], "Tell the time.+"), ("core.ps core:none system: :ps core psx", [], NOT_FOUND),
+    ("system.methodHelp", ["none"], error(400, "command not found")), ("stats.fetchn", ["size"], {"cache.size": 7}),
     ("system.listMethods", [], [
         "cache:size", "core.arg", "core.psx", "core.pwd", "core.uptime", "core.version", "flush", "stats.fetch",
         "stats.fetchn", "stats.get_statistics", "system.listMethods", "system.methodHelp", "take"]),
     ("stats.get_statistics", ["cache:", "other:hits"], ["cache:hits = 0", "cache:size = 7", "other:hits = 0"]),
-    ("stats.fetch", ["size"], {"cache.size": "7"}), ("stats.fetchn", ["size"], {"cache.size": 7}),
-    ("stats.get_statistics", ["none"], []), ("stats.fetch stats.fetchn", ["none"], {}),
     ("stats.get_statistics stats.fetch stats.fetchn", [], error(400, "Please provide which stats to retrieve")),
-    ("core.ps core:none system: :ps core psx", [], NOT_FOUND),
 ]  # fmt: skip
 FORBIDDEN = [  # what a peer may not ask, and the command that `authorize` hears of, call by call
     (b":nothing:\n", ["nothing"]), (b":nothing:\n::\n", ["nothing"]), (b":nothing:\ntoo many\n", ["nothing"]),
@@ -1172,7 +1169,7 @@ def test_each_kind_of_error_is_counted(statistic):
     assert {kind: number for kind, number in counts.items() if number} == {"requests": 2, statistic: 2}
 
 
-# -------------------------------------------------------------------- access ----
+# ------------------------------------------------------- access, and the log of it ----
 
 
 def test_ready_made_rules():
@@ -1211,10 +1208,6 @@ def test_refusals(name, caplog):
         calls = [{"jsonrpc": "2.0", "method": m, "id": m} for m in ("nothing", "echo")]
         outcomes = [a.get("error", a.get("result")) for a in json.loads(ask(server, json.dumps(calls).encode(), sock))]
         assert outcomes == ([[]] if silent else [error(403, "Forbidden"), []])
-
-
-# ------------------------------------------------------------------- logging ----
-
 
 def test_audit(name, caplog):
     """One line for each command that may change something, with the command and its peer, and `debug` lowers it not."""
