@@ -1749,7 +1749,8 @@ def test_mixed_items():
         assert sorted(made.ran) == [0] * 100 + [number for number in range(10_000) if number % 100]
         wait_until(made.is_asleep)
         with made.turns._lock:
-            in_thread(made.turns.request_shutdown, 0).join(DEADLINE)
+            asking = in_thread(made.turns.request_shutdown, 0)
+            wait_until(lambda: not asking.is_alive())
         wait_until(made.turns.is_ending)
 
 
