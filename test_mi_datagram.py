@@ -7,9 +7,12 @@ needs python3-venv); `python -m pytest` runs the tests on one.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,17 +20,12 @@ HERE = Path(__file__).resolve().parent
 
 def run_tox(arguments):
     """Run tox from an environment that the first run makes here or, if this is read-only, in the user's cache."""
-    import importlib.util
-    import shutil
-    import venv
-
     place, environment = HERE, dict(os.environ)
     if not os.access(HERE, os.W_OK):
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "mi_datagram")
         environment["TOX_WORK_DIR"] = str(place / ".tox")
     home = place / ".venv"
-    python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    complete = home / "complete"
+    python, complete = home / "bin" / "python", home / "complete"
     if not (complete.exists() and python.exists()):  # one that is half-made is made anew
         try:
             if importlib.util.find_spec("ensurepip") is None:
@@ -50,11 +48,9 @@ if __name__ == "__main__":  # before pytest is needed, which a fresh machine doe
 
 import ast
 import asyncio
-import collections
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import enum
 import errno
 import fcntl
@@ -71,7 +67,6 @@ import re
 import resource
 import select
 import shlex
-import shutil
 import signal
 import socket
 import stat
@@ -85,7 +80,6 @@ import time
 import types
 import typing
 import unittest.mock
-from decimal import Decimal
 
 import pytest
 
@@ -128,10 +122,7 @@ def interface(core=None, **parameters):
     def echo(request, *values, **named):
         return [Node(name or None, value) for name, value in request.arguments]
 
-    @mi.command(read_only=True)
-    def nothing():
-        """Say nothing."""
-
+    mi.command(lambda: None, name="nothing", read_only=True)
     return mi
 
 
@@ -219,12 +210,7 @@ def process(*arguments, command=MI, env=(), **options):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, **dict(env)}, **options}
     with subprocess.Popen([*command, *map(str, arguments)], text=True, **options) as popen:
         popen.log = []
-
-        def read():
-            for line in popen.stderr:
-                popen.log.append(line)
-
-        reader = in_thread(read)
+        reader = in_thread(lambda: [popen.log.append(line) for line in popen.stderr])
         try:
             wait_until(lambda: any("listening on" in line for line in popen.log) or not reader.is_alive())
             yield popen
@@ -246,17 +232,17 @@ def error(code, message, data=None):
     return {"code": code, "message": message, **({"data": data} if data else {})}
 
 
-# Requests of the line dialect: what follows `:echo:`, and the nodes that are echoed; None: it breaks the grammar.
+# Requests of the line dialect: what follows `:echo:`, and the nodes that are echoed, or where it breaks the grammar.
 RECORDED = [
     (b"a\nn::v\n", b"a\nn:: v\n"), (b"a\n\n", b"a\n"), (b"", b""), (b" \t\v\f\r\n", b""),
     (b" a \n\tb\v\f\r\n", b"a\nb\n"), (b"a\rb", b"a\\rb\n"), (b"a\n:echo:\nb", b"a\n:echo:\nb\n"),
     (b"[2001:db8::1]:5060", b"[2001:db8:: 1]:5060\n"), (b"::v", b"v\n"), (b"a::b::c", b"a:: b::c\n"),
     (b"a:::b", b"a:: :b\n"), (b"::::", b"::\n"), (b"name::\nb", b"name:: \nb\n"), (b" my name :: v ", b"my name:: v\n"),
-    (b"a::1\na::2", b"a:: 1\na:: 2\n"), (b"'a b'\nit's::v", b"'a b'\nit's:: v\n"), (b"::", None), (b"a\n :: \nb", None),
-    (b'"a b"', b"a b\n"), (b'n:: " a b" \r', b"n::  a b\n"), (b'::"a::b"', b"a::b\n"),
-    (b'"a\r\n\nb"', b"a\\r\\n\\nb\n"), (b'"a\\"b"\nc', b'a"b\nc\n'), (b'"back\\\\slash"', b"back\\\\slash\n"),
-    (b'"', None), (b'"x"y', None), (b'"a" "b"', None), (b'pre"q"', None), (b'"n"::v', None), (b'"a"\x1c', None),
-    (b'"back\\\\"', None),
+    (b"a::1\na::2", b"a:: 1\na:: 2\n"), (b"'a b'\nit's::v", b"'a b'\nit's:: v\n"), (b'"a b"', b"a b\n"),
+    (b'n:: " a b" \r', b"n::  a b\n"), (b'::"a::b"', b"a::b\n"), (b'"a\r\n\nb"', b"a\\r\\n\\nb\n"),
+    (b'"a\\"b"\nc', b'a"b\nc\n'), (b'"back\\\\slash"', b"back\\\\slash\n"), (b'"back\\\\"', (0, "not closed")),
+    (b"\xc3\xa9\n::\n::", (3, "neither")), (b'"n"::v', (3, "behind")), (b'"a"\x1c', (3, "behind")),
+    (b'\xc3\xa9"x"', (2, "inside")), (b'a\nn::v"w"', (6, "inside")), (b'"\xc3\xa9" "y"', (4, "behind")),
     # not as the original, which refuses these, reads past their ends, or drops what follows a NUL
     (b'""\nx', b"\nx\n"), (b'n::""', b"n:: \n"), (b"name::", b"name:: \n"), (b'"\\"a"', b'"a\n'),
     (b'"a\\"b\\"c"', b'a"b"c\n'), (b"a\n\0b", b"a\n\0b\n"), (b'"a\0b"', b"a\0b\n"),
@@ -289,16 +275,10 @@ def reference_reader(request):
 
 
 TOO_LONG = ("500 Internal server error\n", error(-32603, "Internal error"))
-BREACHES = [  # arguments against the grammar, their byte where that shows, and what the log says of them
-    ("::\n", 0, "neither"), ('a\nb"c"\n', 3, "inside"), ('é"x"\n', 2, "inside"), ('"x', 0, "not closed"),
-    ('"x\\"\n', 0, "not closed"), ('n::v"w"\n', 4, "inside"), ("a\né\n::\nb\n::\n", 5, "neither"),
-    ('"x"y\n', 3, "behind"), ('"é" "y"\n', 4, "behind"),
-]  # fmt: skip
 REFUSED = [  # what no request can carry: command, values, names; and how the refusal calls it
-    ("", [], {}, "''"), ("a:b", [], {}, "'a:b'"), ("\ud800", [], {}, r"\ud800"), ("c", [" x\\"], {}, r"' x\\'"),
-    ("c", [], {" n": "v"}, "' n'"), ("c", [], {"n:": "v"}, "'n:'"), ("c", [], {"n::m": "v"}, "'n::m'"),
-    ("c", [], {'"n"': "v"}, "'\"n\"'"), ("c", [], {"n\nm": "v"}, r"'n\nm'"), ("c", ["\udcc3\udca9"], {}, r"\udcc3"),
-    ("c", [], {"n": "\udfff"}, r"\udfff"), ("c", [], {"\ud800": "v"}, r"\ud800"),
+    ("a:b", [], {}, "'a:b'"), ("c", [" x\\"], {}, r"' x\\'"), ("c", [], {"n::m": "v"}, "'n::m'"),
+    ("\ud800", [], {}, r"\ud800"), ("c", ["\udcc3\udca9"], {}, r"\udcc3"), ("c", [], {"n": "\udfff"}, r"\udfff"),
+    ("c", [], {"\ud800": "v"}, r"\ud800"),
 ]  # fmt: skip
 INVALID = '{V, "error": {"code": -32600, "message": "Invalid Request"}, "id": null}'
 NOT_JSON = '{V, "error": {"code": -32700, "message": "Parse error"}, "id": null}'
@@ -325,23 +305,15 @@ CALLS = [  # of a call its members, the code of its error, 0 for a result, and t
     *[('V,"method":"update","id":' + ident, -32600, "null") for ident in ("true", "[1]", "{}")],
     *[('V,"method":"update","id":' + ident, -32700, "null") for ident in ("1e400", "NaN", "01")],
     *[(f'V,"method":"update","params":{params},"id":1', -32600, "1") for params in ('"x"', "null", "7", "true")],
-    ('V,"method":"update","result":1,"error":2,"id":1', 0, "1"), ('V,"method":"none","id":1.5', -32601, "1.5"),
-    ('"jsonrpc":"1.0","method":"update","id":1', -32600, "1"), ('"jsonrpc":2.0,"method":"update","id":1', -32600, "1"),
-    ('"method":"update","id":"x"', -32600, '"x"'), ('V,"id":1', -32600, "1"), ('"a":1}{', -32700, "null"),
-    ('"\udcff":1', -32700, "null"),
+    ('V,"method":"update","result":1,"error":2,"id":1', 0, "1"), ('"method":"update","id":"x"', -32600, '"x"'),
+    ('"jsonrpc":2.0,"method":"update","id":1', -32600, "1"), ('V,"id":1', -32600, "1"), ('"a":1}{', -32700, "null"),
+    ('"\udcff":1', -32700, "null"), ('V,"method":"none","id":1.5', -32601, "1.5"),
 ]  # fmt: skip
 ANSWERS = [  # what must never be answered, as it is somebody's answer already
-    b"", b"2", b"200 OK\n", b"500 command not available\n", b"9" * 70000, b'{"result":"' + b"x" * 70000 + b'"}',
-    b'{"error":[]}', b'{"jsonrpc":"2.0","result":1,"id":1}', b' \r\n{"result":null}', b'[{"result":1}]',
-    b'[1,{"error":1}]', b'[{"jsonrpc":"2.0","method":"burst","id":1},{"jsonrpc":"2.0","result":1,"id":1}]',
+    b"", b"2", b"200 OK\n", b"9" * 70000, b'{"result":"' + b"x" * 70000 + b'"}', b'{"error":[]}', b'[1,{"error":1}]',
+    b' \r\n{"result":null}', b'[{"jsonrpc":"2.0","method":"burst","id":1},{"jsonrpc":"2.0","result":1,"id":1}]',
     b'[{"result":1}' + b',{"jsonrpc":"2.0","method":"burst","id":1}' * 100 + b"]",
 ]  # fmt: skip
-LIMITS = {  # of each dialect a request, its reply, the refusal of a longer request, and of a longer reply
-    "line": (":%s:\n%s", "200 OK\n%s\n", "400 request too long\n", "500 Internal server error\n"),
-    "json": ('{"jsonrpc":"2.0","method":"%s","params":["%s"],"id":7}', '{"jsonrpc":"2.0","result":"%s","id":7}',
-             '{"jsonrpc":"2.0","error":{"code":-32600,"message":"Invalid Request"},"id":null}',
-             '{"jsonrpc":"2.0","error":{"code":-32603,"message":"Internal error"},"id":7}'),
-}  # fmt: skip
 Weird = type("Weird", (Exception,), {"__str__": lambda self: 1 / 0})
 Bare = type("Bare", (CommandError,), {"__init__": lambda self: None})
 Gone, Entry = type("Gone", (Reply,), {}), dataclasses.make_dataclass("Entry", [("key", str), ("ttl", object, None)])
@@ -349,7 +321,7 @@ Color = enum.Enum("Color", {"RED": "red"})
 ENDLESS = []
 ENDLESS.append(ENDLESS)
 TREES = [  # what a command returns, or a function that makes it; its reply below `200 OK`; its result in JSON
-    (None, "", "OK"), (False, "false\n", False),
+    (None, "", "OK"), (False, "false\n", False), ({"a": Node("b", 1)}, "a:: \n\tb:: 1\n", {"a": {"b": 1}}),
     *[(one, f"{one}\n", one) for one in ("x", "", 0, 1.5, "a\u2028\v\x85b")], ([], "", []), ({}, "", {}),
     ({"a": 1, "b": None}, "a:: 1\nb:: \n", {"a": 1, "b": None}), (("x", 2), "x\n2\n", ["x", 2]),
     ({"a": {"b": [1, 2]}, "c": 3}, "a:: \n\tb:: \n\t\t1\n\t\t2\nc:: 3\n", {"a": {"b": [1, 2]}, "c": 3}),
@@ -357,20 +329,18 @@ TREES = [  # what a command returns, or a function that makes it; its reply belo
     (Node("a", 1, {"k": 2}, [Node("b", 3)]), "a:: 1 k=2\n\tb:: 3\n",
      {"a": {"value": 1, "attributes": {"k": 2}, "children": [{"b": 3}]}}),
     ({"a": Node(None, 1, {"k": 2})}, "a:: 1 k=2\n", {"a": {"value": 1, "attributes": {"k": 2}}}),
-    ({"a": Node("b", 1)}, "a:: \n\tb:: 1\n", {"a": {"b": 1}}),
     ([Node("a", 1), Node("a", 2)], "a:: 1\na:: 2\n", [{"a": 1}, {"a": 2}]), (Reply(nodes=["x"]), "x\n", ["x"]),
-    (Reply(), "", "OK"), (Reply(nodes=0), "0\n", 0), ({"a\nb": "c\r\nd"}, "a\\nb:: c\\r\\nd\n", {"a\nb": "c\r\nd"}),
-    (Node(None, None, {"k\n": "\r"}), " k\\n=\\r\n", {"k\n": "\r"}),
+    (Reply(), "", "OK"), (Reply(nodes=0), "0\n", 0), (Node(None, None, {"k\n": "\r"}), " k\\n=\\r\n", {"k\n": "\r"}),
+    ({"a\nb": "c\r\nd"}, "a\\nb:: c\\r\\nd\n", {"a\nb": "c\r\nd"}), (range(2), "0\n1\n", [0, 1]),
     # what neither dialect knows by itself
-    *[(one, f"{one}\n", str(one)) for one in (datetime.date(2026, 1, 2), Decimal("1.50"), Path("/a"), Color.RED)],
-    ({7}, "7\n", [7]), (lambda: (n for n in (1, 2)), "1\n2\n", [1, 2]), (range(2), "0\n1\n", [0, 1]),
-    (b"\xc3\xa9", "é\n", "é"), ({"a": {"b": 1}.items()}, "a:: \n\t\n\t\tb\n\t\t1\n", {"a": [["b", 1]]}),
-    (types.MappingProxyType({"a": 1}), "a:: 1\n", {"a": 1}),
+    *[(one, f"{one}\n", str(one)) for one in (Path("/a"), Color.RED, 1 + 2j)],
+    (lambda: (n for n in (1, 2)), "1\n2\n", [1, 2]), (types.MappingProxyType({"a": 1}), "a:: 1\n", {"a": 1}),
+    ({"a": {"b": 1}.items()}, "a:: \n\t\n\t\tb\n\t\t1\n", {"a": [["b", 1]]}),
     (Entry("k"), "key:: k\nttl:: \n", {"key": "k", "ttl": None}),
     ([Entry("k", {1})], "\n\tkey:: k\n\tttl:: \n\t\t1\n", [{"key": "k", "ttl": [1]}]),
     *[(type("Odd", (kind,), {"__str__": lambda self: "odd"})(value), f"{value}\n", value)
       for kind, value in ((int, 1), (float, 0.5), (str, "a"))],
-    ([bytearray(b"a"), memoryview(b"b")], "a\nb\n", ["a", "b"]),
+    ([b"\xc3\xa9", bytearray(b"a"), memoryview(b"b")], "é\na\nb\n", ["é", "a", "b"]),
     (lambda: {"a": (n for n in (1, 2)), Color.RED: {4}, (1, 2): [{b"k": Node(None, iter([3]), {"a": 4})}]},
      "a:: \n\t1\n\t2\nColor.RED:: \n\t4\n(1, 2):: \n\t\n\t\tk::  a=4\n\t\t\t3\n",
      {"a": [1, 2], "Color.RED": [4], "(1, 2)": [{"k": {"value": [3], "attributes": {"a": 4}}}]}),
@@ -379,10 +349,9 @@ NOT_FOUND, FAILED = error(-32601, "Method not found"), ("500 command failed\n", 
 FAILURES = [  # what a command returns or raises, its reply, its answer in JSON
     *[(kind("secret"), *FAILED) for kind in (ValueError, SystemExit, KeyboardInterrupt, MemoryError, GeneratorExit)],
     (Weird(), *FAILED), (ENDLESS, *FAILED), ([Weird()], *FAILED), (float("nan"), "200 OK\nnan\n", FAILED[1]),
-    (Bare(), FAILED[0], error(500, "command failed")), (CommandError(404, Weird()), *FAILED),
+    (Bare(), FAILED[0], error(500, "command failed")), (CommandError(404, "\ud800"), FAILED[0], error(404, "\ud800")),
     (CommandError(404, "x" * 70000), *TOO_LONG), (CommandError(404, "Gone", Weird()), "404 Gone\n", FAILED[1]),
-    (CommandError(404, "\ud800"), FAILED[0], error(404, "\ud800")),
-    (Gone(404, "Gone"), "404 Gone\n", error(404, "Gone")),
+    (CommandError(404, Weird()), *FAILED), (Gone(404, "Gone"), "404 Gone\n", error(404, "Gone")),
     (CommandError(404, "Not\r\nFound"), "404 Not\\r\\nFound\n", error(404, "Not\r\nFound")),
     (CommandError(404, "Gone", [7]), "404 Gone\n", error(404, "Gone", [7])),
     (Reply(404, "Gone", {"a": 1}), "404 Gone\na:: 1\n", error(404, "Gone", {"a": 1})), ("x" * 70000, *TOO_LONG),
@@ -407,14 +376,8 @@ CONVERSIONS = [  # annotation, what is sent, a text in both dialects and anythin
      "'int | None'", "Optional['int']", "typing.Annotated[Optional[int], 'ms']")
      for sent, got in (("5", 5), (5, 5), (5.0, 5), ("", None), (None, None), ("x", BAD), (True, BAD), ([], BAD))],
     *[("Optional[str]", sent, got) for sent, got in (("", ""), ("5", "5"), (5, "5"), (None, None), (True, BAD))],
-    ("Optional[bool]", "", None), ("float | None", "x", BAD), ("float | None", None, None),
     *[(kind, sent, sent) for kind in ("list", "Unknown", "Optional[Unknown]", "int | str", "typing.List[int]",
      "typing.Any") for sent in ("5", "", 5, True, None, [1, {"a": None}])],
-]  # fmt: skip
-LATE = [  # what the holder of a Deferred does, its line reply, its answer in JSON
-    (lambda d: d.reply({"a": 1}), b"200 OK\na:: 1\n", {"a": 1}), (lambda d: d.reply(), b"200 OK\n", "OK"),
-    (lambda d: d.fail(404, "Not Found"), b"404 Not Found\n", {"code": 404, "message": "Not Found"}),
-    (lambda d: d.reply("x" * 70000), b"500 Internal server error\n", {"code": -32603, "message": "Internal error"}),
 ]  # fmt: skip
 COUNTED = {  # what counts a request of each dialect, or the command and the value that do in both
     "parse_errors": (b":echo:\n::\n", b"{"), "invalid_requests": (b":\n", b"{}"),
@@ -427,9 +390,9 @@ CORE = [
     "arg", "clear_statistics", "debug", "get_statistics", "help", "kill", "list_statistics", "log_level", "ps", "pwd",
     "reset_all_statistics", "reset_statistics", "threads", "uptime", "version", "which",
 ]  # fmt: skip
-DATE = r"[A-Z][a-z][a-z] [A-Z][a-z][a-z] [ \d]\d \d\d:\d\d:\d\d \d{4}"
+NOW, SINCE = time.ctime(9999), time.ctime(8998)
 CORE_REPLIES = [  # core commands in the line dialect, and their replies as the original has them
-    ("uptime:\n", rf"Now:: {DATE}\nUp since:: {DATE}\nUp time:: \d+ \[sec\]\n"),
+    ("uptime:\n", rf"Now:: {NOW}\nUp since:: {SINCE}\nUp time:: 1000 \[sec\]\n"),
     ("version:\n", r"Server:: probe \(1\.2\)\n"), ("pwd:\n", rf"WD:: {re.escape(os.getcwd())}\n"),
     ("ps:\n", rf"Process::  ID=0 PID={os.getpid()} Type=[^\n]+\nProcess::  ID=2 PID=7 Type=child\n"),
     ("arg:\n", "".join([re.escape(argument) + "\n" for argument in sys.argv])), ("debug:\n", r"DEBUG:: 0\n"),
@@ -449,15 +412,14 @@ BAD_LEVEL = error(*BAD_PARAMS, "Bad type for parameter 'level'")
 BAD_NUMBER = error(*BAD_PARAMS, "Too few or too many parameters")
 CWD, ARGUMENTS, BOTH = re.escape(os.getcwd()), [*map(re.escape, sys.argv)], {"cache:size": 7, "other:hits": 1}
 SHAPES = [  # names of a command, its params, the answer, of texts a pattern, as OpenSIPS 4 and Kamailio 5 have it
-    ("uptime core:uptime", [], {"Now": DATE, "Up since": DATE, "Up time": r"\d+ \[sec\]"}),
+    ("uptime core:uptime", [], {"Now": NOW, "Up since": SINCE, "Up time": r"1000 \[sec\]"}),
     ("pwd core:pwd", [], {"WD": CWD}), ("version core:version", {}, {"Server": r"probe \(1\.2\)"}),
     ("version core.version", ["a", "b"], BAD_NUMBER), ("get_statistics reset", [], BAD_NUMBER),
     ("arg core:arg core.arg", [], ARGUMENTS), ("debug core:debug", [], {"DEBUG": 0}), ("which", ["none:"], GONE),
     ("ps core:ps", [], {"Processes": [{"ID": 0, "PID": os.getpid(), "Type": ".+"}, CHILD]}),
     ("log_level core:log_level", [], {"Log level": 1}), ("which core:which", ["log_level"], [[], ["level"]]),
     *[("log_level debug", [level], BAD_LEVEL) for level in ("x", 5, -6)], ("which", ["cache:"], ["cache:size"]),
-    ("which", {"command": "core:kill"}, [[]]), ("which", ["get_statistics"], [["statistics"]]),
-    ("which", ["list"], [[], ["statistics"]]), ("which", ["take"], [[], ["k"]]), ("which help", ["none"], GONE),
+    ("which", {"command": "kill"}, [[]]), ("which", ["list"], [[], ["statistics"]]), ("which", ["take"], [[], ["k"]]),
     ("which", ["statistics:"], [f"statistics:{name}" for name in ("clear", "get", "list", "reset", "reset_all")]),
     ("help core:help", ["uptime"], {"Help": "Tell the time.*", "Exported by": "core", "Usage": "uptime"}),
     ("help", {"mi_cmd": "statistics:get"}, {"Help": ".+", "Exported by": "statistics", "Usage": "get_statistics .+"}),
@@ -470,27 +432,25 @@ SHAPES = [  # names of a command, its params, the answer, of texts a pattern, as
     ("list_statistics list", [["cache:"]], {"cache:hits": "incremental", "cache:size": "non-incremental"}),
     ("reset_statistics reset", {"statistics": ["cache:"]}, "OK"), ("get", ["hits"], {"cache:hits": 0, "other:hits": 1}),
     ("clear_statistics", ["other:"], {"other:hits": 1}), ("reset_all_statistics reset_all", [], "OK"),
-    ("kill core:kill", [], "OK"), ("core.uptime", [], {"now": DATE, "up_since": DATE, "uptime": 0}),
+    ("which help", ["none"], GONE), ("kill core:kill", [], "OK"), ("core.version", [], r"probe \(1\.2\)"),
+    ("core.uptime", [], {"now": NOW, "up_since": SINCE, "uptime": 1000}), ("core.pwd", [], [CWD]),
     ("core.psx", [], [{"IDX": 0, "PID": os.getpid(), "DSC": ".+"}, {"IDX": 2, "PID": 7, "DSC": "child"}]),
-    ("core.version", [], r"probe \(1\.2\)"), ("core.pwd", [], [CWD]), ("system.methodHelp", ["ps"], "List the .+"),
-    ("system.methodHelp", [], error(400, "Method Name Expected")),
-    ("system.methodHelp", ["core.uptime"], "Tell the time.+"),
-    ("system.methodHelp", ["none"], error(400, "command not found")),
+    ("system.methodHelp", ["ps"], "List the .+"), ("system.methodHelp", [], error(400, "Method Name Expected")),
+    ("system.methodHelp", ["none"], error(400, "command not found")), ("stats.get_statistics", ["none"], []),
+    ("system.methodHelp", ["core.uptime"], "Tell the time.+"), ("stats.fetch stats.fetchn", ["none"], {}),
     ("system.listMethods", [], [
         "cache:size", "core.arg", "core.psx", "core.pwd", "core.uptime", "core.version", "flush", "stats.fetch",
         "stats.fetchn", "stats.get_statistics", "system.listMethods", "system.methodHelp", "take"]),
     ("stats.get_statistics", ["cache:", "other:hits"], ["cache:hits = 0", "cache:size = 7", "other:hits = 0"]),
-    ("stats.fetch", ["size"], {"cache.size": "7"}), ("stats.fetchn", ["size"], {"cache.size": 7}),
-    ("stats.get_statistics", ["none"], []), ("stats.fetch stats.fetchn", ["none"], {}),
     ("stats.get_statistics stats.fetch stats.fetchn", [], error(400, "Please provide which stats to retrieve")),
+    ("stats.fetch", ["size"], {"cache.size": "7"}), ("stats.fetchn", ["size"], {"cache.size": 7}),
     ("core.ps core:none system: :ps core psx", [], NOT_FOUND),
 ]  # fmt: skip
 FORBIDDEN = [  # what a peer may not ask, and the command that `authorize` hears of, call by call
     (b":nothing:\n", ["nothing"]), (b":nothing:\n::\n", ["nothing"]), (b":nothing:\ntoo many\n", ["nothing"]),
     (b"nonsense", [""]), (b":none:\n", ["none"]), (b":burst:\n", ["burst"]), (b":echo:\n" + b"x" * 65451, [""]),
-    (b"{", [""]), (b"[]", [""]), (b'{"jsonrpc":"2.0","method":"nothing","id":1}', ["nothing"]),
-    (b'{"jsonrpc":"2.0","method":"none","id":1}', ["none"]),
-    (b'[{"jsonrpc":"2.0","method":"nothing","id":1},7]', ["nothing", ""]), (b"[{}" + b",{}" * 64 + b"]", [""]),
+    (b"{", [""]), (b'{"jsonrpc":"2.0","method":"none","id":1}', ["none"]), (b"[{}" + b",{}" * 64 + b"]", [""]),
+    (b'[{"jsonrpc":"2.0","method":"nothing","id":1},7]', ["nothing", ""]),
 ]  # fmt: skip
 QUIET = """
 import logging, os, signal, sys, threading, warnings
@@ -556,13 +516,14 @@ def test_the_house():
 def test_requests_are_read_as_recorded_and_as_the_grammar_says():
     """Whatever stands together in a request is read as the reference reader does, which reads what is recorded so."""
     mi, rng = interface(), random.Random(3)
-    replies = {b":echo:\n" + sent: PARSE_ERROR if shown is None else b"200 OK\n" + shown for sent, shown in RECORDED}
+    replies = {b":echo:\n" + sent: PARSE_ERROR if type(shown) is tuple else b"200 OK\n" + shown
+               for sent, shown in RECORDED}
     assert replies == {request: reference_reader(request) for request in replies}
     assert not any([mi.answer(reply) for reply in replies.values()])  # as they are somebody's answer
     pieces = (b"a", b":", b"::", b'"', b'\\"', b" ", b"\n", b"\r")
     bodies = [b"".join(body) for count in range(5) for body in itertools.product(pieces, repeat=count)]
     bodies += [b"".join(rng.choices(pieces, k=rng.randrange(5, 14))) for _ in range(2_000)]
-    places = (b"?", b"a?b", b"?ab", b"ab?", b"n::?v", b"n::v?", b"?n::v", b"n?::v", b'"?"', b'n:: "?"', b'?"a"', b'"a"?')
+    places = (b"?", b"a?b", b"?a", b"a?", b"n::?v", b"n::v?", b"?n::v", b"n?::v", b'"?"', b'n:: "?"', b'?"a"', b'"a"?')
     bodies += [place.replace(b"?", bytes([byte])) for byte in range(256) for place in places]
     parts, right = (b":", b"echo", b"\n", b" ", b"\r", b"\0", b"x"), (b":", b"echo", b":", b"\n")
     heads = [b":" + b"".join(head) for head in itertools.product(parts, repeat=3)]
@@ -576,12 +537,11 @@ def test_requests_are_read_as_recorded_and_as_the_grammar_says():
 
 def test_errors_say_what_is_wrong_and_where(caplog):
     """A breach of the grammar is logged with its byte and `400` for the peer; format_request names what it refuses."""
-    for arguments, position, what in BREACHES:
-        request = b":nothing:\n" + arguments.encode()
+    for sent, (position, what) in [row for row in RECORDED if type(row[1]) is tuple]:
         with pytest.raises(mi_datagram.RequestError, match=what) as caught:
-            mi_datagram.parse_request(request)
-        assert caught.value.position == position + 10 and interface(core=[]).answer(request) == PARSE_ERROR
-        assert re.search(rf"{what}.* at byte {position + 10}'", caplog.records[-1].getMessage())
+            mi_datagram.parse_request(b":echo:\n" + sent)
+        assert caught.value.position == position + 7 and interface(core=[]).answer(b":echo:\n" + sent) == PARSE_ERROR
+        assert re.search(rf"{what}.* at byte {position + 7}'", caplog.records[-1].getMessage())
     for first_line in (b":a:b:\n", b":a\nb:\n", b"::\n", b"a:\n", b":a"):
         with pytest.raises(mi_datagram.RequestError, match="first line"):
             mi_datagram.parse_request(first_line)
@@ -706,17 +666,21 @@ def test_batches_and_notifications():
 
 
 @pytest.mark.parametrize("limit", [100, 65457])
-@pytest.mark.parametrize("dialect", LIMITS)
-def test_limit_of_size(name, dialect, limit, caplog):
+@pytest.mark.parametrize("request_, reply, too_long, too_much", [
+    (":%s:\n%s", "200 OK\n%s\n", "400 request too long\n", "500 Internal server error\n"),
+    ('{"jsonrpc":"2.0","method":"%s","params":["%s"],"id":7}', '{"jsonrpc":"2.0","result":"%s","id":7}',
+     '{"jsonrpc":"2.0","error":{"code":-32600,"message":"Invalid Request"},"id":null}',
+     '{"jsonrpc":"2.0","error":{"code":-32603,"message":"Internal error"},"id":7}'),
+], ids=["line", "json"])  # fmt: skip
+def test_limit_of_size(name, request_, reply, too_long, too_much, limit, caplog):
     """Requests and replies of socket_buf_size bytes pass whole; of one more none is run, and none is sent."""
     mi, sizes = interface(), []
     mi.command(lambda text: sizes.append(len(text)) or "", name="size")
     mi.command(lambda length: "x" * int(length), name="fill")
-    request, reply, too_long, too_much = LIMITS[dialect]
-    most, room = limit - len(request % ("size", "")), limit - len(reply % "")
+    most, room = limit - len(request_ % ("size", "")), limit - len(reply % "")
     with serving(mi, name, socket_buf_size=limit) as server:
         calls = ("size", "x" * most), ("size", "x" * (most + 1)), ("fill", room), ("fill", room + 1)
-        replies = [ask(server, (request % call).encode()).decode() for call in calls]
+        replies = [ask(server, (request_ % call).encode()).decode() for call in calls]
     assert replies == [reply % "", too_long, reply % ("x" * room), too_much] and sizes == [most]
     assert any(str(limit + 1) in line and str(limit) in line for line in caplog.text.splitlines())
 
@@ -756,7 +720,8 @@ def test_what_a_command_returns_or_raises_becomes_the_reply(folder, monkeypatch,
 
 @pytest.mark.parametrize("first", ["", "request, "])
 def test_arguments_bind_as_in_a_python_call(first):
-    """Values bind by position and by name in both dialects, and what does not match is refused and not run."""
+    """Values bind by position and by name in both dialects, beside a Request or not; else it is refused and not run."""
+    peer = mi_datagram.Peer(("127.0.0.1", 5))
     for signature in SIGNATURES:
         (mi, calls), (plain, expected) = taker(first + signature, pass_request=bool(first)), taker(signature)
         for values, names in itertools.product(("", "x", "xy", "xyz"), GIVEN):
@@ -765,13 +730,16 @@ def test_arguments_bind_as_in_a_python_call(first):
             if not (first and "request" in named and "/" not in signature):  # no peer can name that one
                 with contextlib.suppress(TypeError):
                     plain.commands["take"].function(*values, **named)
-            replies = [mi.answer(mi_datagram.format_request("take", *values, **named)) for _ in "12"]
+            replies = [mi.answer(mi_datagram.format_request("take", *values, **named), peer) for _ in "12"]
             assert replies == [b"200 OK\n" if expected else b"400 Too few or too many arguments\n"] * 2
             if not (values and named):
                 reason = "Named parameters do not match" if named else "Too few or too many parameters"
-                assert rpc(mi, "take", named or [*values]) == ("OK" if expected else error(*BAD_PARAMS, reason))
-            got = [{name: value for name, value in call.items() if name != first[:-2]} for call in calls]
-            assert got == expected * len(calls) and bool(calls) == bool(expected), (signature, values, named)
+                result = rpc(mi, "take", named or [*values], lambda data: mi.answer(data, peer))  # noqa: B023
+                assert result == ("OK" if expected else error(*BAD_PARAMS, reason))
+            sent = [*[("", value) for value in values], *named.items()]
+            for call, dialect in zip(calls if first else (), ("line", "line", "json")):
+                assert call.pop("request") == mi_datagram.Request("take", sent, peer, dialect)
+            assert calls == expected * len(calls) and bool(calls) == bool(expected), (signature, values, named)
 
 
 @pytest.mark.parametrize("prefix", ["", "from __future__ import annotations"])
@@ -795,7 +763,7 @@ def test_annotations_convert(prefix):
 
 
 def test_annotations_of_odd_parameters():
-    """A text is read at registration where the function was made; a name is for one value; those of stars hold for each."""
+    """A text is read at registration where the function was made; a name is for one value, a star's holds for each."""
     mi, calls = taker("a: 'Kind'", "Kind = int")
     take = mi.commands["take"].function
     decorated = functools.wraps(take)(lambda *values: take(*values))
@@ -812,16 +780,6 @@ def test_annotations_of_odd_parameters():
         assert mi.answer(f":take:\n{arguments}\n".encode())[:3] == b"400"
     assert mi.answer(b":take:\nx::no\nx::yes\nv\n1\n2\n") == mi.answer(b":take:\na::no\nk::3\n") == b"200 OK\n"
     assert calls == [{"a": "v", "b": (1, 2), "k": 0, "c": {"x": True}}, {"a": "d", "b": (), "k": 3, "c": {"a": False}}]
-
-
-def test_request_as_a_command_sees_it():
-    """With pass_request a command learns name, arguments as sent, dialect and peer."""
-    (mi, calls), peer = taker("request, a=None, **names", pass_request=True), mi_datagram.Peer(("127.0.0.1", 5))
-    mi.answer(b':take:\n x \nb::"y "\nb::z\n', peer)
-    rpc(mi, "take", {"a": 1, "b": True}, lambda data: mi.answer(data, peer))
-    sent = [("", "x"), ("b", "y "), ("b", "z")], [("a", 1), ("b", True)]
-    requests = [mi_datagram.Request("take", pairs, peer, dialect) for pairs, dialect in zip(sent, ("line", "json"))]
-    assert [call["request"] for call in calls] == requests and calls[0]["names"] == {"b": "z"}
 
 
 def test_registering_commands():
@@ -893,7 +851,10 @@ def later():
 
 
 @pytest.mark.parametrize("told, then, act, line, data", [  # what the Deferred is told, what the command does then
-    *[("", None, *row) for row in LATE],
+    ("", None, lambda deferred: deferred.reply({"a": 1}), b"200 OK\na:: 1\n", {"a": 1}),
+    ("", None, lambda deferred: deferred.reply(), b"200 OK\n", "OK"),
+    ("", None, lambda deferred: deferred.fail(404, "No"), b"404 No\n", error(404, "No")),
+    ("", None, lambda deferred: deferred.reply("x" * 70000), TOO_LONG[0].encode(), TOO_LONG[1]),
     *[(told, then, lambda deferred: deferred.reply("late"), line, data) for told, then, line, data in (
         *[("first", then, b"200 OK\nfirst\n", "first") for then in (None, "second", ValueError())],
         ("", CommandError(404, "No"), b"404 No\n", error(404, "No")),
@@ -968,31 +929,26 @@ def test_deferrals_that_are_refused(monkeypatch):
 
 def test_async_commands(name):
     """They bind, run on the given loop, answer, fail and defer as others do; what is cancelled is dropped."""
-    loop, after, bad = asyncio.new_event_loop(), [], error(*BAD_PARAMS, "Bad type for parameter 'request'")
+    loop, bad = asyncio.new_event_loop(), error(*BAD_PARAMS, "Bad type for parameter 'request'")
     mi = interface(loop=loop)
 
     @mi.command(pass_request=True)
     async def divide(me, request: int, how: str = "return"):
         await asyncio.sleep(0.01)  # until the server has turned to other requests
         assert asyncio.get_running_loop() is loop
-        if how == "give up":
-            asyncio.current_task().cancel()
-            await asyncio.sleep(0)
         if how == "defer":
-            deferred = me.defer()
-            loop.call_later(0.01, deferred.reply, "now")
-            return deferred
+            loop.call_later(0.01, me.defer().reply, 1)
+            return me.defer()
         if how == "steal":
             return mi_datagram.Deferred(None)
         if how != "return":
-            raise {"refuse": CommandError(404, "Not Found"), "exit": SystemExit("secret")}[how]
+            raise {"refuse": CommandError(404, "No"), "exit": SystemExit("no"), "end": asyncio.CancelledError()}[how]
         return {me.dialect: 10 / request}
 
     @mi.command
     async def end(request):
         server.stop()  # returns at once
-        after.append(server.socket.fileno())
-        return request
+        return request, server.socket.fileno() > 0
 
     def create_cancelled(loop, coroutine, **options):  # before its first step
         task = asyncio.Task(coroutine, loop=loop, **options)
@@ -1005,17 +961,16 @@ def test_async_commands(name):
             ("request::4", {"request": 4}, b"200 OK\nline:: 2.5\n", {"json": 2.5}),
             ("x", ["x"], b"400 Bad parameter\n", bad), ("0", [0], FAILED[0].encode(), FAILED[1]),
             *[(f"4\n{how}", [4, how], FAILED[0].encode(), FAILED[1]) for how in ("exit", "steal")],
-            ("4\nrefuse", [4, "refuse"], b"404 Not Found\n", error(404, "Not Found")),
-            ("4\ndefer", [4, "defer"], b"200 OK\nnow\n", "now"),
+            ("4\nrefuse", [4, "refuse"], b"404 No\n", error(404, "No")), ("4\ndefer", [4, "defer"], b"200 OK\n1\n", 1),
         ):  # fmt: skip
             assert ask(server, f":divide:\n{text}".encode(), sock) == reply
             assert rpc(mi, "divide", params, lambda request: ask(server, request, sock)) == data
         for dropped, factory in enumerate([None, create_cancelled], 1):
             loop.set_task_factory(factory)
-            send(server, sock, b":divide:\n4\ngive up")
+            send(server, sock, b":divide:\n%d\nend" % dropped)  # one equal to the last may be taken for that
             wait_until(lambda: count(mi, "dropped_deferred") == dropped)  # noqa: B023
         loop.set_task_factory(None)
-        assert ask(server, b":end:\nrequest::bye\n", sock) == b"200 OK\nbye\n" and after[0] > 0
+        assert ask(server, b":end:\nrequest::bye\n", sock) == b"200 OK\nbye\ntrue\n"
         wait_until(lambda: server.socket.fileno() < 0)
 
     with contextlib.closing(loop), serving(mi, name) as server, client_socket(server) as sock:
@@ -1066,9 +1021,10 @@ def probe(monkeypatch):
     """An Interface with all the core commands, two of its own, and statistics; it kills nobody, its clock stands."""
     mi = Interface("probe", "1.2", core=CORE, logger=logging.Logger("probe", logging.WARNING))
     mi.processes = lambda: [(os.getpid(), "main process"), (0, "not running"), (7, "child")]
-    mi.killed, now = [], mi.started + 0.5
+    mi.killed, now = [], mi.started + 1000.5
     monkeypatch.setattr(os, "kill", lambda *signal: mi.killed.append(signal))
     monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: 9999)  # long ago, as somebody has set the clock
 
     @mi.command
     def flush(zone: str, limit: int = 0):
@@ -1086,11 +1042,13 @@ def probe(monkeypatch):
 
 def fits(pattern, value):
     """Whether VALUE is as PATTERN says, in which texts are regular expressions."""
-    if isinstance(pattern, (dict, list)):
-        pairs = zip(*[one.values() if isinstance(one, dict) else one for one in (pattern, value)])
-        return type(pattern) is type(value) and len(pattern) == len(value) and all(itertools.starmap(fits, pairs))
-    same = pattern == value and type(pattern) is type(value)
-    return same or (isinstance(pattern, str) and isinstance(value, str) and re.fullmatch(pattern, value))
+    if type(pattern) is not type(value):
+        return False
+    if isinstance(pattern, dict):
+        return [*pattern] == [*value] and all(map(fits, pattern.values(), value.values()))
+    if isinstance(pattern, list):
+        return len(pattern) == len(value) and all(map(fits, pattern, value))
+    return pattern == value or (isinstance(pattern, str) and re.fullmatch(pattern, value))
 
 
 def test_core_commands_answer_as_the_original(probe):
@@ -1127,15 +1085,6 @@ def test_core_commands_under_other_names():
     for name in ("ps", "core:ps", "core.psx", "list", "none"):
         assert rpc(mi, name, answer=mi_datagram.Exchange(service, None, None).answer)
     assert heard == ["ps", "ps", "ps", "list_statistics", "none"]
-
-
-def test_uptime_counts_from_the_start(probe, monkeypatch):
-    """`uptime` tells when the program started, what time it is, and the seconds between, whoever sets the clock."""
-    probe.started -= 1000
-    monkeypatch.setattr(time, "time", lambda: 9999)  # long ago
-    told, since = time.ctime(9999), time.ctime(8998)
-    assert rpc(probe, "uptime") == {"Now": told, "Up since": since, "Up time": "1000 [sec]"}
-    assert rpc(probe, "core.uptime") == {"now": told, "up_since": since, "uptime": 1000}
 
 
 def test_threads_tells_where_each_thread_stands(monkeypatch):
@@ -1236,7 +1185,7 @@ def test_each_kind_of_error_is_counted(statistic):
     assert {kind: number for kind, number in counts.items() if number} == {"requests": 2, statistic: 2}
 
 
-# -------------------------------------------------------------------- access ----
+# ------------------------------------------------------- access, and the log of it ----
 
 
 def test_ready_made_rules():
@@ -1275,10 +1224,6 @@ def test_refusals(name, caplog):
         calls = [{"jsonrpc": "2.0", "method": m, "id": m} for m in ("nothing", "echo")]
         outcomes = [a.get("error", a.get("result")) for a in json.loads(ask(server, json.dumps(calls).encode(), sock))]
         assert outcomes == ([[]] if silent else [error(403, "Forbidden"), []])
-
-
-# ------------------------------------------------------------------- logging ----
-
 
 def test_audit(name, caplog):
     """One line for each command that may change something, with the command and its peer, and `debug` lowers it not."""
@@ -1328,14 +1273,14 @@ NO_DIGITS = "9" * 5000  # more than int() reads
 WRONG_ACCOUNTS = ("no such one", "", "a\0b", -1, 1.5, True, 2**32 - 1, "\u00b2", NO_DIGITS)
 WRONG_VALUES = {
     "socket_name": (
-        None, 5, b"/x", "", "x", "/", "/a\0b", "/\ud800", "/" + "a" * 200, "/no/such/folder/s", "/dev/null",
-        "/dev/null/s", "udp:", "udp:127.0.0.1", "udp::8080", "udp:127.0.0.1:", "udp:127.0.0.1:-1", "udp:[::1]:70000",
-        "udp:127.0.0.1:\u0663", f"udp:127.0.0.1:{NO_DIGITS}", "udp:a..b:1", "udp:\ud800:1"),
-    "children_count": (0, -1, 1.0, "x", None), "unix_socket_mode": ("09", "rw", "", 660, -1, 0o1000, 6.0, True, None),
+        None, 5, b"/x", "", "x", "/", "/a\0b", "/\ud800", "/" + "a" * 200, "/no/such/folder/s", "/dev/null/s", "udp:h",
+        "udp::8080", "udp:h:", "udp:h:-1", "udp:[::1]:70000", "udp:h:\u0663", f"udp:h:{NO_DIGITS}", "udp:a..b:1"),
+    "children_count": (0, -1, 1.0, None, 2), "unix_socket_mode": ("09", "rw", "", 660, -1, 0o1000, 6.0, True, None),
     "unix_socket_user": WRONG_ACCOUNTS, "unix_socket_group": WRONG_ACCOUNTS,
     "socket_timeout": (-1, 1.5, "x", "", True, None, [], NO_DIGITS), "socket_buf_size": (0, -1, 2**30, "64 k", None),
     "reply_indent": ("\n", 4, None), "pretty_printing": ("maybe", 2, None), "max_threads": (0, -1, "x", None),
     "trace_destination": ("x",),
+    "authorize": (asyncio.sleep, type("Late", (), {"__call__": asyncio.sleep})()),  # they would let in everybody
 }  # fmt: skip
 DEFAULTS = {
     "children_count": 1, "unix_socket_mode": 0o660, "unix_socket_user": None, "unix_socket_group": None,
@@ -1346,7 +1291,6 @@ IS_ROOT = os.geteuid() == 0
 QUEUE = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())  # datagrams that wait for one reader
 TIMEVAL = struct.Struct("@qq" if getattr(socket, "SO_SNDTIMEO", 0) == 67 else "@ll")  # of SO_SNDTIMEO, SO_RCVTIMEO
 FOREVER = DEADLINE * 10_000  # ms that no test waits
-REST = 0.2  # s without a request after which an idle server sleeps
 
 
 def bound_socket(path, kind=socket.SOCK_DGRAM):
@@ -1559,7 +1503,7 @@ class MadeUp:
     """
 
     def __init__(self, max_workers=4, urgent=(), **callables):
-        self.queue, self.ran, self.told, self.acts = collections.deque(), [], [], []
+        self.queue, self.ran, self.told, self.acts = [], [], [], []
         self.news, self.polling, self.go = queue.SimpleQueue(), threading.Lock(), threading.Event()
         work = mi_datagram.Work(**{
             "receive": self.receive, "handle": lambda item: item(), "size": lambda item: 1, "poll": self.poll,
@@ -1569,7 +1513,7 @@ class MadeUp:
         self.turns = mi_datagram.LeaderFollowers(work, max_workers)
 
     def receive(self):
-        item = self.queue.popleft() if self.queue else BlockingIOError()
+        item = self.queue.pop(0) if self.queue else BlockingIOError()
         if isinstance(item, Exception):
             raise item
         return item
@@ -1745,11 +1689,11 @@ def test_end_leaves_what_waits(many):
 def test_thread_that_cannot_be_started(monkeypatch, dies):
     """A leader that is held, or dies, is replaced once there is a thread again; without any nothing starts."""
     with MadeUp() as made:
-        with monkeypatch.context() as patch:
-            refusing_threads(patch, range(1 << 30))
-            made.put(lambda: 1 // 0 if dies else made.held(), made.item("next"))
-            wait_until(lambda: "thread_errors" in made.told)
-            assert "next" not in made.ran and not MadeUp().turns.start()
+        refusing_threads(monkeypatch, range(1 << 30))
+        made.put(lambda: 1 // 0 if dies else made.held(), made.item("next"))
+        wait_until(lambda: "thread_errors" in made.told)
+        assert "next" not in made.ran and not MadeUp().turns.start()
+        monkeypatch.undo()
         wait_until(lambda: made.ran[-1:] == ["next"])
 
 
@@ -1772,15 +1716,14 @@ def test_worker_that_dies_is_replaced(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_follower_that_dies_follows_no_more():
-    """A follower that dies for want of memory is not counted on: another thread replaces the next leader that stalls."""
+    """A follower that dies for want of memory is not counted on: another thread replaces the next leader to stall."""
     def wait_for(predicate):
-        if predicate():
-            return real(predicate)
-        made.turns._turn.wait_for = real
-        raise MemoryError
+        if not predicate():
+            del made.turns._turn.wait_for  # from now on there is memory
+            raise MemoryError
 
     with MadeUp() as made:
-        real, made.turns._turn.wait_for = made.turns._turn.wait_for, wait_for
+        made.turns._turn.wait_for = wait_for
         made.put(made.held)
         wait_until(lambda: len(workers()) == 2)
         made.go.set()
@@ -1817,20 +1760,16 @@ def test_mixed_items():
     def slow():
         made.ran.append(0)
         made.turns.yield_lead()
-        running.append(1)
-        at_once.append(len(running))
         time.sleep(0.002)
-        running.pop()
 
-    running, at_once = [], []
     with MadeUp(max_workers=8) as made:
         made.put(*[made.item(number) if number % 100 else slow for number in range(10_000)])
         wait_until(lambda: len(made.ran) == 10_000)
         assert sorted(made.ran) == [0] * 100 + [number for number in range(10_000) if number % 100]
-        assert max(at_once) <= 8
         wait_until(made.is_asleep)
         with made.turns._lock:
-            in_thread(made.turns.request_shutdown, 0).join(DEADLINE)
+            asking = in_thread(made.turns.request_shutdown, 0)
+            wait_until(lambda: not asking.is_alive())
         wait_until(made.turns.is_ending)
 
 
@@ -1929,7 +1868,7 @@ def test_wrong_values(folder, keyword):
             mi.server(**{"socket_name": str(folder / "s"), keyword: value})
         text = str(caught.value)
         assert keyword in text and (ascii(value) in text or keyword == "trace_destination") and "\n" not in text
-        assert "allowed" in text or isinstance(caught.value, mi_datagram.SocketError)
+        assert re.search("allowed|only", text) or isinstance(caught.value, mi_datagram.SocketError)
     assert contents(folder) == before
 
 
@@ -1947,29 +1886,18 @@ def test_udp_names(given, host):
             interface().server(server.socket_name)
 
 
-def test_other_names():
-    """A path may be a PathLike, a link-local address keeps its scope."""
-    names = {Path("s"): "./s", Path("/a/s"): "/a/s", Path("udp:h:5"): "./udp:h:5", "udp:[fe80::1%lo]:5": ("fe80::1%lo", 5)}
+def test_names_and_defaults(caplog):
+    """A path may be a PathLike, a link-local address keeps its scope; UDP has limits of its own, and a warning."""
+    names = {Path("s"): "./s", Path("/a/s"): "/a/s", Path("udp:h:5"): "./udp:h:5", "udp:[fe80::%l]:5": ("fe80::%l", 5)}
     assert {name: mi_datagram.parse_socket_name(name) for name in names} == names
-    peers = [str(mi_datagram.Peer(("fe80::1", 5, 0, scope))) for scope in (0, 3)]
-    assert peers == ["udp:[fe80::1]:5", "udp:[fe80::1%3]:5"]
-
-
-def test_defaults_and_what_a_kind_of_server_cannot_have(folder, caplog):
-    """What is not given is as in the original; what this kind of server cannot have is refused, or warned about."""
+    assert str(mi_datagram.Peer(("fe80::1", 5, 0, 3))) == "udp:[fe80::1%3]:5"
     assert mi_datagram.check_parameters({}) == DEFAULTS and Client("./s").timeout == 2000
     assert {*mi_datagram.Parameters.__annotations__} == {*DEFAULTS}
     with pytest.raises(TypeError, match="socket_name"):
         interface().server()
-    for name, parameter, value in (
-        (str(folder / "s"), "children_count", 2), ("udp:127.0.0.1:0", "socket_buf_size", 100_000),
-        ("udp:127.0.0.1:0", "unix_socket_user", 0), ("udp:127.0.0.1:0", "unix_socket_group", 0),
-        *[(str(folder / "s"), "authorize", authorize)  # as it returns what is true, it would let in everybody
-          for authorize in (asyncio.sleep, type("Late", (), {"__call__": asyncio.sleep})())],
-    ):  # fmt: skip
-        with pytest.raises(mi_datagram.ParameterError, match=f"{parameter}.*{value}"):
-            interface().server(name, **{parameter: value})
-    assert not contents(folder)
+    for parameter in ("socket_buf_size", "unix_socket_user", "unix_socket_group"):
+        with pytest.raises(mi_datagram.ParameterError, match=f"{parameter}.*100000"):
+            interface().server("udp:127.0.0.1:0", **{parameter: 100_000})
     local = mi_datagram.allow_networks("127.0.0.1")
     for host, authorize, warns in (("127.0.0.1", None, False), ("0.0.0.0", local, False), ("0.0.0.0", None, True)):
         interface().server(f"udp:{host}:0", authorize=authorize).stop()
