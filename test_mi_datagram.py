@@ -176,11 +176,6 @@ def count(server_or_interface, statistic):
     return mi.statistics[f"mi_datagram:{statistic}"]()
 
 
-def resident(pid):
-    """Return the memory of a process in kB."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
-
-
 def run(*command, **options):
     """Run a command to its end; return the CompletedProcess, with text."""
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=False, **options)
@@ -911,6 +906,7 @@ def test_a_deferred_that_nobody_answers_is_dropped(name, caplog, threads):
 
 def test_deferrals_that_are_refused(monkeypatch):
     """Nothing is deferred without a request, after it, for no time, or beyond the limit; another's is no answer."""
+    limit = mi_datagram.MAX_OPEN
     monkeypatch.setattr(mi_datagram, "MAX_OPEN", 5)
     (mi, deferreds), requests = later(), [mi_datagram.Request("change")]
     mi.command(lambda request: requests.append(request) or deferreds[0], name="thief", pass_request=True)
@@ -925,6 +921,8 @@ def test_deferrals_that_are_refused(monkeypatch):
             request.defer(timeout)
     replies = [[mi.answer(request) for _ in range(6)] for request in (b":later:\n0\n", b":forget:\n", b":later:\n")]
     assert replies == [[None] * 6, [b"200 OK\n"] * 6, [None] * 5 + [b"500 Too many open requests\n"]]
+    assert rpc(mi, "later") == error(-32000, "Too many open requests") and count(mi, "too_many_open") == 2
+    assert limit == 1000 and deferreds[-1].reply() and mi.answer(b":later:\n") is None
 
 
 def test_async_commands(name):
@@ -1306,8 +1304,7 @@ def dead_socket(path):
 
 
 OBSTACLES = {  # each makes something at a path, with the help of a neighbour, and may give a socket to be kept
-    "a file": lambda path, other: path.write_text("kept"),
-    "a folder": lambda path, other: path.mkdir(),
+    "a file": lambda path, other: path.write_text("kept"), "a folder": lambda path, other: path.mkdir(),
     "a pipe": lambda path, other: os.mkfifo(path),
     "a symlink to a dead socket": lambda path, other: (dead_socket(other), path.symlink_to(other)),
     "a symlink to nothing": lambda path, other: path.symlink_to(other),
@@ -2615,8 +2612,8 @@ BATCH = b"[" + NOTIFICATION + b"]"
 
 @pytest.mark.parametrize("command", [b"block", b"later"])
 @pytest.mark.parametrize("request_", [b":%b:\n%d\n", NOTIFICATION, BATCH])
-def test_repeated_request_runs_once(request_, command):
-    """Over UDP a request that is repeated while it runs, or is deferred, runs once; then it may again."""
+def test_repeated_request_runs_once(request_, command, folder):
+    """Over UDP a request that is repeated while it runs, or is deferred, runs once; then, or at a UNIX socket, again."""
     mi, runs, go = blocking()
 
     @mi.command(pass_request=True)
@@ -2642,6 +2639,11 @@ def test_repeated_request_runs_once(request_, command):
         for which in (1, 2):
             before = len(runs)
             wait_until(lambda: send(server, sock, request_ % (command, which)) or len(runs) > before)  # noqa: B023
+    go.clear()
+    with serving(mi, folder / "s") as server, client_socket(server) as sock:
+        send(server, sock, *[request_ % (command, 3)] * 2)
+        wait_until(lambda: runs.count("3") == 2)
+        go.set()
 
 
 @pytest.mark.parametrize("request_", [b":later:\n", NOTIFICATION % (b"fail", 1), BATCH % (b"fail", 1)])
@@ -2672,8 +2674,7 @@ def test_request_that_is_over_may_come_again_at_once(command):
 
 @pytest.mark.parametrize("is_full", [False, True])
 @pytest.mark.parametrize("befall, reason, reason_if_full", [
-    (lambda sock: sock.close(), "gone", "gone"),
-    (lambda sock: os.unlink(sock.getsockname()), "gone", "gone"),
+    (lambda sock: sock.close(), "gone", "gone"), (lambda sock: os.unlink(sock.getsockname()), "gone", "gone"),
     (lambda sock: sock.connect(sock.getsockname()), "denied", "unread"),  # it takes what it sends itself alone
     (lambda sock: os.chmod(sock.getsockname(), 0) or become_nobody(), "denied", "denied"),
 ], ids=["closed", "removed", "connected elsewhere", "not writable"])  # fmt: skip
@@ -2912,23 +2913,6 @@ def test_all_threads_are_held(name):
             assert sent < 1010 + 2 * QUEUE
         go.set()
         assert {*receive(other, QUEUE)} == {b"200 OK\n%d\n" % number for number in range(QUEUE)}
-
-
-def test_open_requests_are_bounded(folder):
-    """1,000 Deferreds are open in a server; beyond, one is refused and counted, until another is answered."""
-    mi, deferred = later()
-    with serving(mi, folder / "s") as server, client_socket(server) as sock:
-        server.drain_time = 0
-        send(server, sock, *[b":later:\n"] * 1000)
-        wait_until(lambda: len(deferred) == 1000)
-        before = {name: statistic() for name, statistic in mi.statistics.items() if name != "mi_datagram:threads"}
-        assert ask(server, b":later:\n", sock) == b"500 Too many open requests\n"
-        answer = json.loads(ask(server, b'{"jsonrpc":"2.0","method":"later","id":1}', sock))
-        assert (answer["error"]["code"], len(deferred)) == (-32000, 1000)
-        wait_until(lambda: len([name for name, number in before.items() if mi.statistics[name]() == number + 2]) == 3)
-        assert deferred[0].reply("first") and sock.recv(1000) == b"200 OK\nfirst\n"
-        send(server, sock, b":later:\n")
-        wait_until(lambda: len(deferred) == 1001)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -3225,16 +3209,14 @@ WRONG = [  # words of the command line that cannot be served, the file `f` besid
         "--socket_name udp:127.0.0.1:-1", "--socket_name ./file/s", "--socket_name ./taken", "--unix_socket_mode 1777",
         "--children_count 0", "--config missing.cfg", "--config folder", "--load missing.py", "--load no_module:mi",
         "--allow_network 10.0.0.0/33 -s udp:127.0.0.1:0", "--allow_user no-such-name",
-    )],
-    ("--allow_network ::", "", ["allow_network is for UDP"]),
+    )], ("--allow_network ::", "", ["allow_network is for UDP"]),
     ("--allow_user 0 -s udp:127.0.0.1:0", "", ["allow_user for a UNIX socket"]),
     ("--allow_user 0", "", ["allow_user", "does not tell who a peer is"]),
     *[("--config f", f'modparam("mi_datagram", "{name}", {value})', [name, said]) for name, value, said in (
         ("socket_name", "1", "1"), ("unix_socket_mode", "660", "660"), ("unix_socket_mode", "09", "f:1"),
         ("unix_socket_user", '"\\""', "'\"'"), ("reply_indent", '"\\n"', r"\n"), ("socket_timeout", "soon", "f:1"),
         ("socket_timeout", "0x", "f:1"), ("socket_timeout", "-1", "-1"),
-    )],
-    ("--load f.py", "mi = 1", ["f.py", "mi"]), ("--load f.py:ours", OPS, ["f.py:ours"]),
+    )], ("--load f.py", "mi = 1", ["f.py", "mi"]), ("--load f.py:ours", OPS, ["f.py:ours"]),
     ("--load f.py", "1 / 0", ["f.py", "ZeroDivisionError"]), ("--load f.py --load f.py", OPS, ["echo"]),
     ("--load f.py", "from copied import mi_datagram as m; mi = m.Interface()", ["copied/mi_datagram.py", str(MODULE)]),
 ]  # fmt: skip
@@ -3777,18 +3759,13 @@ def test_call_without_an_answer(ops, main, folder):
 
 CALL = f"{' '.join(MI)} call -s ./s "
 STREAMS = {  # what a shell makes of the streams: the exit status, and what stderr says
-    CALL + "large | true": (4, ""),
-    "yes large | " + CALL.replace("call", "shell") + "| head -c1 > /dev/null": (4, ""),
-    CALL + "nothing >&-": (0, ""),
-    CALL + "euro > /dev/full": (4, "mi_datagram: [Errno 28] No space left on device\n"),
-    CALL.replace("call", "shell") + "<&-": (0, ""),
-    "PYTHONIOENCODING=ascii " + CALL + "euro": (0, ""),
+    CALL + "large | true": (4, ""), "yes large | " + CALL.replace("call", "shell") + "| head -c1 > /dev/null": (4, ""),
+    CALL + "nothing >&-": (0, ""), CALL + "euro > /dev/full": (4, "mi_datagram: [Errno 28] No space left on device\n"),
+    CALL.replace("call", "shell") + "<&-": (0, ""), "PYTHONIOENCODING=ascii " + CALL + "euro": (0, ""),
     "printf 'euro\\nbad \\377\\neuro\\n' | " + CALL.replace("call", "shell") + "> out; test $(wc -l < out) = 2": (0, None),
-    CALL + "--json echo $(printf '[%.0s' $(seq 30000))": (0, ""),
-    CALL + "escape": (1, "404 \\x1b]0;owned\\x07\n"),
+    CALL + "--json echo $(printf '[%.0s' $(seq 30000))": (0, ""), CALL + "escape": (1, "404 \\x1b]0;owned\\x07\n"),
     CALL + "--timeout 99 garbage": (3, "mi_datagram: no answer from ./s within 99 ms; a datagram was dropped: no first line 'CODE REASON' at byte 0\n"),
-    "PYTHONIOENCODING=ascii " + CALL + "--json euro | grep -q 'u20ac'": (0, ""),
-    CALL + "none 2>/dev/full": (1, ""),
+    "PYTHONIOENCODING=ascii " + CALL + "--json euro | grep -q 'u20ac'": (0, ""), CALL + "none 2>/dev/full": (1, ""),
     "test -z \"$(" + CALL.replace("./s", "./none") + "nothing 2>&-)\" && " + CALL.replace("./s", "./none") + "nothing 2>&-": (3, ""),
     CALL.replace("-s ./s", "") + "2>&-": (2, ""),
     "echo x | " + CALL.replace("call -s ./s", "shell -s x") + "2>&1 | grep -q 'x.: /path, ./path or udp:HOST:PORT'": (2, ""),
@@ -4651,7 +4628,7 @@ mi = mi_datagram.Interface()
 def store(name: str, value: str):
     return {name: value}
 
-mi.command(lambda seconds: time.sleep(int(seconds)), name="sleep", read_only=True)
+mi.command(lambda seconds: time.sleep(float(seconds)), name="sleep", read_only=True)
 mi.command(lambda size: "x" * int(size), name="large", read_only=True)
 name = sock.getsockname()
 mi.server(name if isinstance(name, str) else "udp:%s:%d" % name, listening=sock).serve_forever()
@@ -4785,34 +4762,29 @@ def test_growth_with_children(transport, folder):
 
 
 @contextlib.contextmanager
-def disturbed(server, kind, clients, connect=False):
-    """Have CLIENTS run slow commands, or never read their replies."""
-    request = {"sleep": b":sleep:\n1\n", "small": b":store:\na\nb\n", "large": b":large:\n65000\n"}[kind]
-    sockets = [client_socket(server, connect) for _ in range(clients)]
-    turns, over = itertools.cycle(sockets), threading.Event()
+def disturbed(server, request, clients, times, connect):
+    """Have CLIENTS send REQUEST so many TIMES each, and then 100 times a second in turn; they read no reply."""
+    sockets, over = [client_socket(server, connect) for _ in range(clients)], threading.Event()
 
     def send(sock):
         with contextlib.suppress(BlockingIOError):
             sock.sendmsg([request], [], socket.MSG_DONTWAIT, None if connect else server.server_address)
 
     def go_on():
-        while not over.wait(0.01):
-            for sock in select.select(sockets, [], [], 0)[0] if kind == "sleep" else [next(turns)]:
-                if kind == "sleep":
-                    sock.recv(65536)
-                send(sock)
+        for sock in itertools.cycle(sockets):
+            if over.wait(0.01):
+                return
+            send(sock)
 
-    for sock in sockets * (1 if kind == "sleep" else 20):
+    for sock in sockets * times:
         send(sock)
         pause(0.0005)
     thread = in_thread(go_on)
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        for sock in sockets:
-            sock.close()
+    yield
+    over.set()
+    thread.join()
+    for sock in sockets:
+        sock.close()
 
 
 @pytest.mark.bench
@@ -4820,15 +4792,17 @@ def test_nobody_waits_for_slow_commands_or_silent_clients(folder):
     """Commands that sleep and clients that never read take little from the others."""
     missed = []
     print(f"\n{'clients':22} {'req/s':>9} {'p99 ms':>7} {'of undisturbed':>15} {'threads':>8}")
-    for kind, clients, connect in [("sleep", 10, False), ("sleep", 50, False),
-                                   *itertools.product(["large"], [1], [False, True]),
-                                   *itertools.product(["small"], [50, 100], [False, True])]:  # fmt: skip
+    small, large = b":store:\na\nb\n", b":large:\n65000\n"
+    for kind, clients, connect, request, times in [
+        ("sleep", 50, False, b":sleep:\n0.5\n", 1), *[("silent", 1, connect, large, 20) for connect in (False, True)],
+        *[("silent", clients, connect, small, 20) for clients in (50, 100) for connect in (False, True)],
+    ]:  # fmt: skip
         name = f"{clients} {kind}{' connected' if connect else ''}"
         with measured(OURS, str(folder / name)) as server:
             undisturbed, runs = [], []
             for _ in range(7):  # by turns, as the machine's own pace changes from second to second
                 undisturbed.append(load(server, 8, 0.5))
-                with disturbed(server, kind, clients, connect):
+                with disturbed(server, request, clients, times, connect):
                     runs.append(load(server, 8, 0.5))
                     threads = len(os.listdir(f"/proc/{server.pid}/task"))
         (alone, *_), (rate, _, p99, _) = medians(undisturbed), medians(runs)
@@ -4843,6 +4817,8 @@ def test_nobody_waits_for_slow_commands_or_silent_clients(folder):
 def test_memory_does_not_grow(folder):
     """Half a minute of requests does not make the server's memory grow."""
     with measured(OURS, str(folder / "s")) as server:
-        before, after = [load(server, 8, seconds) and resident(server.pid) for seconds in (3, 30)]
+        status = Path(f"/proc/{server.pid}/status")
+        before, after = [load(server, 8, seconds) and int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+                         for seconds in (3, 30)]  # fmt: skip
     print(f"\nresident kB after 3 and 33 s of requests: {before}, {after}")
     assert after - before < 500
