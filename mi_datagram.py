@@ -350,8 +350,12 @@ def _parse_arguments(command: str, text: str) -> list[tuple[str, str]]:
     arguments = []
     has_quotes = '"' in text
     pieces: list[Any] = _ARGUMENT.findall(text) if has_quotes else text.split("\n")
+    before = quoted = closing = behind = ""
     for piece in pieces:
-        before, quoted, closing, behind = piece if has_quotes else (piece, "", "", "")
+        if has_quotes:
+            before, quoted, closing, behind = piece
+        else:
+            before = piece
         name, mark, value = before.partition("::")
         if not mark:
             name, value = "", before
@@ -691,7 +695,8 @@ class Command:
         self.parameters = parameters[self._first :]
         self._kinds = _read_annotations(function, self.parameters)
         self._plan = functools.lru_cache(maxsize=16)(self._plan_call)  # of the last shapes: no peer fills the memory
-        self.ready: dict[str, set[int]] = {"line": set(), "json": set()}  # numbers of values that need no bind()
+        # Calls that need no bind(): their number of values, or with names a tuple of it and these.
+        self.ready: dict[str, set[Any]] = {"line": set(), "json": set()}
 
     def bind(self, values: list[Any], named: dict[str, Any], dialect: str) -> None:
         """Check VALUES and NAMED against the signature and convert them in place, or raise a _Fault."""
@@ -718,8 +723,8 @@ class Command:
                 place = bound[parameter]
                 places = place.values() if isinstance(place, dict) else place if isinstance(place, tuple) else [place]
                 plan += [(place, parameter, kind, optional) for place in places]
-        if not (plan or names or self.pass_request) and count < 16:
-            self.ready[dialect].add(count)
+        if not (plan or self.pass_request) and len(self.ready[dialect]) < 16:
+            self.ready[dialect].add((count, *names) if names else count)
         return plan
 
     def split_arguments(self, arguments: list[tuple[str, str]]) -> tuple[list[Any], dict[str, Any]]:
@@ -922,7 +927,8 @@ class Call:
         """
         exchange = self.exchange
         request = None
-        if named or len(values) not in command.ready[self.dialect]:
+        count = len(values)
+        if ((count, *named) if named else count) not in command.ready[self.dialect]:
             if command.pass_request:
                 sent = sent or [*[("", value) for value in values], *named.items()]
                 request = Request(command.name, sent, exchange.peer, self.dialect, self)
