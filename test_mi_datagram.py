@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def run_tox(arguments):
     place, environment = HERE, dict(os.environ)
     if not os.access(HERE, os.W_OK):
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "mi_datagram")
-        environment["TOX_WORK_DIR"] = str(place / ".tox")
+    work = Path(environment.setdefault("TOX_WORK_DIR", str(place / ".tox")))
     home = place / ".venv"
     python, complete = home / "bin" / "python", home / "complete"
     if not (complete.exists() and python.exists()):  # one that is half-made is made anew
@@ -39,8 +40,12 @@ def run_tox(arguments):
             *_, reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             print(f"no environment for tox could be made in {home}: {reason}", file=sys.stderr)
             return 2
-    arguments = arguments or ["run-parallel", "--parallel", "2", "--parallel-no-spinner"]
-    return subprocess.run([python, "-m", "tox", *arguments], cwd=HERE, env=environment, check=False).returncode
+    parallel = ["run-parallel", "--parallel", "2", "--parallel-no-spinner"]
+    done = subprocess.run([python, "-m", "tox", *(arguments or parallel)], cwd=HERE, env=environment, check=False)
+    for log in [] if arguments else sorted(work.glob("*/log/*.log")):  # as in parallel tox shows what fails alone
+        for skipped in re.findall("(?m)^SKIPPED.*", log.read_text("utf-8", "replace")):
+            print(f"{log.parts[-3]}: {skipped}")
+    return done.returncode
 
 
 if __name__ == "__main__":  # before pytest is needed, which a fresh machine does not have
@@ -63,7 +68,6 @@ import math
 import pwd
 import queue
 import random
-import re
 import resource
 import select
 import shlex
