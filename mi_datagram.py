@@ -2031,6 +2031,8 @@ class LeaderFollowers:
             if self._requested is not None:
                 self.shutdown(self._requested)
             with self._lock:
+                if is_over():  # since it was asked: what ends it has told so already
+                    break
                 may_sleep = self._poll_ticks > QUIET_TICKS and self._left == math.inf
                 self._state_changed.wait(min(delay, threading.TIMEOUT_MAX if may_sleep else TICK))
                 ticks += 1
