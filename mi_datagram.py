@@ -2031,7 +2031,7 @@ class LeaderFollowers:
             if self._requested is not None:
                 self.shutdown(self._requested)
             with self._lock:
-                if is_over():  # since it was asked: what ends it has told so already
+                if is_over():  # since the last look: nobody notifies it a second time
                     break
                 may_sleep = self._poll_ticks > QUIET_TICKS and self._left == math.inf
                 self._state_changed.wait(min(delay, threading.TIMEOUT_MAX if may_sleep else TICK))
@@ -2585,9 +2585,9 @@ class ServerMixIn(_Threads):
         """Do what is due beside requests; return in how many s there is more to do."""
         if poll_interval < math.inf:
             self.service_actions()
-        deferred, limit, run = self.service.open_replies, self.interface.log_limit, self._run_aside
+        replies, limit, run = self.service.open_replies, self.interface.log_limit, self._run_aside
         now = time.monotonic()
-        return min(deferred.drop_late(now, run) - now, limit.tell(run=run) - now, poll_interval)
+        return min(replies.drop_late(now, run) - now, limit.tell(run=run) - now, poll_interval)
 
     def _drain(self, threads: LeaderFollowers) -> None:
         """Let what runs finish and reply, for drain_time; drop the rest."""

@@ -1736,6 +1736,16 @@ def test_shutdown(drain, moment):
     assert made.ran.count("drained") == min(drain, 10)
 
 
+def test_watcher_that_is_told_while_it_acts(monkeypatch):
+    """It sees before it waits that all is over, as nobody tells it again."""
+    monkeypatch.setattr(mi_datagram, "TICK", 10 * DEADLINE)
+    made = MadeUp()
+    made.act = lambda: made.turns.shutdown(0) or (wait_until(made.turns.is_done) and math.inf)
+    with made:
+        made.watcher.join(DEADLINE)
+        assert not made.watcher.is_alive()
+
+
 def test_mixed_items():
     """Of 10,000 items, a slow one in each hundred, none is lost or handled twice; request_shutdown() takes no lock."""
     def slow():
