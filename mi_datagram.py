@@ -95,7 +95,7 @@ DRAIN = 1000  # datagrams that are still answered when a server stops: more than
 LOG_LINES = 10  # lines a second of each kind of event that peers cause
 DETAIL = 200  # characters of what a peer sent that the log shows
 FRAMES = 8  # innermost frames that `threads` shows of each thread
-FRAMES_IN_ALL = 450  # of all threads: more might not fit into a reply
+THREADS_LINES = 500  # that `threads` answers: more might not fit into a reply
 WHITE = " \t\n\v\f\r"  # the line dialect's white space; bytes.strip() means the same six
 
 # ---------------------------------------------------------------- errors ----
@@ -425,7 +425,12 @@ def _text(value: object) -> str:
         return int.__repr__(value)
     if isinstance(value, float):
         return float.__repr__(value)
-    return bytes(value).decode("utf-8", "surrogateescape") if isinstance(value, _BYTES) else str(value)
+    if isinstance(value, _BYTES):
+        return bytes(value).decode("utf-8", "surrogateescape")
+    if inspect.iscoroutine(value):  # of an `async def` that a decorator hides
+        value.close()
+        raise Error(f"{value.__qualname__} was not awaited: its decorator is to be `async def` too")
+    return str(value)
 
 
 # What _container found, by class. No lru_cache: on PyPy it has a lock, which a RecursionError can leave locked.
@@ -903,6 +908,17 @@ class Service:
         if any(map(inspect.iscoroutinefunction, (self.authorize, call))):  # it returns what is true for everybody
             raise _wrong("authorize", self.authorize, "a function that is not `async def` is allowed")
 
+    def event_loop(self) -> Any:
+        """Return the loop where `async def` commands run; None where there is none."""
+        return self.loop or self.interface.loop
+
+    def is_on_loop(self) -> bool:
+        """Whether this is the thread of that loop."""
+        asyncio: Any = sys.modules.get("asyncio")
+        with contextlib.suppress(RuntimeError, AttributeError):  # no loop runs here, or nobody has imported it
+            return asyncio.get_running_loop() is self.event_loop()
+        return False
+
 
 PENDING: Any = object()  # in place of an answer that comes later
 
@@ -1025,8 +1041,7 @@ def run_on_loop(function: Callable[..., Any], pass_request: bool) -> Callable[..
 
     def start(request: Request, /, *values: Any, **named: Any) -> Deferred:
         call: Any = request._call
-        service = call.exchange.service
-        loop = service.loop or service.interface.loop
+        loop = call.exchange.service.event_loop()
         if loop is None or not loop.is_running():
             raise Error("no event loop runs: serve it by `async with`, or give Interface(loop=...)")
         deferred: Deferred = call.defer(math.inf)  # until the coroutine or the server ends
@@ -1566,11 +1581,13 @@ class _Core:
         """Tell what each thread is doing now: its name and its innermost frames, fewer where there are many threads."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         nodes, current = [], sys._current_frames()
-        for ident, frame in current.items():
-            stack = itertools.islice(traceback.walk_stack(frame), max(1, min(FRAMES, FRAMES_IN_ALL // len(current))))
+        depth = max(1, min(FRAMES, THREADS_LINES // len(current) - 1))
+        for ident in sorted(current, key=threading.main_thread().ident.__ne__)[: THREADS_LINES // 2]:
+            stack = itertools.islice(traceback.walk_stack(current[ident]), depth)
             frames = [f"{one.f_code.co_filename}:{line} {one.f_code.co_name}" for one, line in stack]
             nodes.append(Node("Thread", names.get(ident, str(ident)), children=frames))
-        return nodes
+        left = len(current) - len(nodes)
+        return [*nodes, Node("Threads", f"{left} more")] if left else nodes
 
     def which(self, request: Request, command: str | None = None) -> Any:
         """List the commands, those of a group (`GROUP:`), or the ways to call COMMAND by names of parameters."""
@@ -2517,14 +2534,17 @@ class ServerMixIn(_Threads):
         """Remove the socket file, if there is one and it is still ours; takes no lock."""
 
     def start(self) -> Self:
-        """Serve in the background; return once serving."""
-        if not self._begin():
-            raise Error("this server serves already" if self._threads else "this server is closed")
+        """Serve in the background; return once serving. A server that cannot have what it needs for that is closed."""
         try:
-            threading.Thread(target=self._serve, name="mi_datagram", daemon=True).start()
-        except RuntimeError:
+            has_begun = self._begin()
+            if has_begun:
+                threading.Thread(target=self._serve, name="mi_datagram", daemon=True).start()
+        except BaseException:
             self._end()
+            self.stop()
             raise
+        if not has_begun:
+            raise Error("this server serves already" if self._threads else "this server is closed")
         return self
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -2615,7 +2635,8 @@ class ServerMixIn(_Threads):
     def shutdown(self) -> None:
         """End serve_forever and wait for it; in a thread of this server, or on the loop of its commands, only ask."""
         threads = self._threads
-        self._end(not ((threads and threads.is_worker()) or get_ident() == self._watcher or self._is_on_loop()))
+        is_ours = (threads and threads.is_worker()) or get_ident() == self._watcher or self.service.is_on_loop()
+        self._end(wait=not is_ours)
 
     def _end(self, wait: bool = True) -> None:
         threads = self._threads
@@ -2625,13 +2646,6 @@ class ServerMixIn(_Threads):
                 self._serve()  # where nobody watches yet, or ever, as Ctrl-C came just before
                 with self._ended:
                     self._ended.wait_for(lambda: self._threads is not threads)
-
-    def _is_on_loop(self) -> bool:
-        """Whether this is the thread of the loop where the commands run."""
-        asyncio: Any = sys.modules.get("asyncio")
-        with contextlib.suppress(RuntimeError, AttributeError):  # no loop runs here, or nobody has imported it
-            return asyncio.get_running_loop() is (self.service.loop or self.interface.loop)
-        return False
 
     def stop(self, wait: bool = True) -> None:
         """Take no more requests, let running commands reply, remove the socket file and close.

@@ -979,8 +979,8 @@ def test_async_commands(name):
         loop.run_until_complete(asyncio.to_thread(talk))
 
 
-def test_async_reply_that_cannot_be_sent(caplog):
-    """What is raised by whoever sends the reply of an `async def` command is logged, as nobody else learns of it."""
+def test_async_replies_that_cannot_be_sent(caplog):
+    """The log tells what is raised by whoever sends a late reply, and of a coroutine that a decorator leaves alone."""
     loop = asyncio.new_event_loop()
     mi = interface(loop=loop)
 
@@ -992,6 +992,9 @@ def test_async_reply_that_cannot_be_sent(caplog):
     with contextlib.closing(loop):
         loop.run_forever()
     assert "ZeroDivisionError" in caplog.text
+    mi.command(lambda: late(), name="hidden")
+    assert mi.answer(b":hidden:\n").decode() == FAILED[0] and rpc(mi, "hidden") == FAILED[1]
+    assert caplog.text.count("late was not awaited") == 2
 
 
 @pytest.mark.parametrize("raised, statuses", [(None, [0]), (ValueError, [1]), (KeyboardInterrupt, [])])
@@ -1104,9 +1107,13 @@ def test_threads_tells_where_each_thread_stands(monkeypatch):
     for name, function in ((r"waits\\nhere", "stuck"), ("MainThread", "test_threads_tells_where_each_thread_stands")):
         assert re.search(rf"\nThread:: {name}\n(\t.*\n)*\t{re.escape(__file__)}:\d+ {function}\n", replies[0])
     assert "secret" not in replies[0] and 1 < replies[0].count(" stuck\n") < 20
-    for many in (100, 250, 450):
-        monkeypatch.setattr(sys, "_current_frames", lambda: dict.fromkeys(range(many), sys._getframe()))  # noqa: B023
-        assert len(rpc(interface(), "threads")) == many and len(interface().answer(b":threads:\n")) > many * 50
+    for many in (60, 100, 250, 5000):
+        found = dict.fromkeys([*range(1, many), threading.get_ident()], sys._getframe())
+        monkeypatch.setattr(sys, "_current_frames", lambda: found)  # noqa: B023
+        shown = rpc(interface(), "threads")
+        assert shown[0]["Thread"]["value"] == "MainThread" and len(shown) == min(many, 251)
+        assert many <= 250 or shown[-1] == {"Threads": f"{many - 250} more"}
+        assert len(interface().answer(b":threads:\n")) > len(shown) * 50
 
 
 @pytest.mark.parametrize("command, lowest, highest", [("debug", -5, 3), ("log_level", -3, 4)])
@@ -2701,8 +2708,7 @@ def test_no_thread_to_start_with(folder, failing, monkeypatch):
             patch.setitem(sys.modules, failing, types.SimpleNamespace(is_module_patched=lambda name: True))
         with pytest.raises((mi_datagram.Error, RuntimeError), match="thread"):
             server.start()
-    in_thread(server.stop)
-    wait_until(lambda: no_more_than(before))  # nor the thread that stops it
+    wait_until(lambda: no_more_than(before))
     assert not contents(folder) and count(server, "thread_errors") == (failing == 0)
 
 
