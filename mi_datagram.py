@@ -2077,7 +2077,6 @@ class LeaderFollowers:
                     self._leader = self._poll_ticks = 0
                 if self._backlog or not (self._leader or self._left <= 0):
                     self._promote_follower()
-                self._update()
                 self._state_changed.notify_all()
 
     def _work(self) -> None:
