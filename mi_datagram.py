@@ -797,7 +797,7 @@ class Counter:
 
 _counters: weakref.WeakSet[Counter] = weakref.WeakSet()
 if hasattr(os, "register_at_fork"):  # a lock that another thread holds then is released by nobody in the child
-    os.register_at_fork(after_in_child=lambda: [*map(Counter.renew_lock, _counters)])
+    os.register_at_fork(after_in_child=lambda counters=_counters: [counter.renew_lock() for counter in counters])
 
 
 # -------------------------------------------------------------------- calls ----
@@ -1534,7 +1534,8 @@ class Interface:
 
     def count(self, name: str) -> None:
         """Count one more in the service's own group of statistics."""
-        self.counter(f"mi_datagram:{name}").add()
+        counter: Any = self.statistics[f"mi_datagram:{name}"]
+        counter.add()
 
 
 # ------------------------------------------------------------ core commands ----
@@ -2364,8 +2365,8 @@ SCM_CREDENTIALS = 2  # Linux; the socket module names it only on some builds
 ANCILLARY = socket.CMSG_LEN(struct.calcsize(CREDENTIALS)) if SO_PASSCRED else 0  # no room for foreign descriptors
 
 _servers: weakref.WeakSet[ServerMixIn] = weakref.WeakSet()  # those of this process: a fork has none of them
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: list(map(ServerMixIn.abandon, _servers)))
+if hasattr(os, "register_at_fork"):  # the set as it is now: reload() makes another one
+    os.register_at_fork(after_in_child=lambda servers=_servers: [server.abandon() for server in servers])
 
 
 class Poller:

@@ -2295,7 +2295,7 @@ def test_interrupted_end_is_an_end(folder):
 
 
 FORK = """
-import os, signal, socket, sys, threading, time, mi_datagram
+import importlib, os, signal, socket, sys, threading, time, mi_datagram
 mi, path, opened, running = mi_datagram.Interface(), sys.argv[1], [], threading.Event()
 dropped = mi.statistics["mi_datagram:dropped_deferred"]
 mi.command(lambda request, ms: opened.append(request.defer(float(ms))) or opened[-1], name="later", pass_request=True)
@@ -2310,7 +2310,7 @@ def serve():
     with mi.server(path + "2"):
         send(path + "2", b":later:\\n1\\n", dropped)
 
-server = mi.server(path).start()
+server = mi.server(path).start(); importlib.reload(mi_datagram)  # as a notebook does
 send(path, b":later:\\n60000\\n", lambda: opened)
 for method in (server.start, server.serve_forever, server.shutdown, server.stop, server.server_close, serve):
     if not os.fork():
