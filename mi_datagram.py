@@ -2041,7 +2041,7 @@ class LeaderFollowers:
     def watch(self, act: Callable[[], float], is_over: Callable[[], bool]) -> None:
         """Replace leaders until IS_OVER(); call ACT between, which returns in how many s it is to be called again."""
         seen: Any = None
-        ticks = 0  # in the item that was seen
+        since = time.monotonic()  # when it was seen first, or its leader replaced
         while not is_over():
             delay = act()
             if self._left == FORKED:  # by ACT; nobody may be here to release the lock
@@ -2053,17 +2053,17 @@ class LeaderFollowers:
                     break
                 may_sleep = self._poll_ticks > QUIET_TICKS and self._left == math.inf
                 self._state_changed.wait(min(delay, threading.TIMEOUT_MAX if may_sleep else TICK))
-                ticks += 1
+                now = time.monotonic()
                 if self._current is not seen:
-                    seen, ticks = self._current, 0
+                    seen, since = self._current, now
                 elif self._poll_ticks:
                     self._poll_ticks += 1
                 elif self._leader:
-                    if self._promote_follower():
-                        self._leader = ticks = 0
+                    if now >= since + TICK and self._promote_follower():  # or else it was notified of something
+                        self._leader, since = 0, now
                         self.work.stalled()
-                elif ticks > QUIET_TICKS and self._left > 0:  # nobody leads: no thread could be had
-                    ticks = 0
+                elif now > since + QUIET_TICKS * TICK and self._left > 0:  # nobody leads: no thread could be had
+                    since = now
                     self._promote_follower()
 
     def _run(self, function: Callable[..., object], *arguments: Any) -> None:
@@ -2088,14 +2088,15 @@ class LeaderFollowers:
         """Wait until there is something to do, and return that; None if this worker is not needed any more."""
         with self._lock:
             max_followers = min(SPARE_THREADS, (self._max_workers - 1) // 2)  # one is left for a late reply
-            if self._leader and not self._backlog and self._followers >= max_followers:
-                return None
-            self._followers += 1
-            self._update()
-            try:
-                self._turn.wait_for(lambda: self._backlog or not self._leader)
-            finally:  # of a MemoryError too
-                self._followers -= 1
+            if self._leader and not self._backlog:  # or else it follows for no moment, so that the leader is careful
+                if self._followers >= max_followers:
+                    return None
+                self._followers += 1
+                self._update()
+                try:
+                    self._turn.wait_for(lambda: self._backlog or not self._leader)
+                finally:  # of a MemoryError too
+                    self._followers -= 1
             turn: Callable[[], object] | None = None
             if self._backlog:
                 item = self._backlog.popleft()

@@ -1589,7 +1589,7 @@ def test_leader_that_stalls_is_replaced(before, sleeps):
         made.put(*[made.item("before")] * before, lambda: made.turns.wake_watcher() or made.held())
         wait_until(lambda: "stalled" in made.told)
         made.put(made.item("next"))
-        wait_until(lambda: made.ran == ["before"] * before + ["held", "next"])
+        wait_until(lambda: sorted(made.ran) == ["before"] * before + ["held", "next"])
 
 
 def test_item_after_a_poll_has_a_tick_of_its_own(monkeypatch):
@@ -1611,6 +1611,19 @@ def test_item_after_a_poll_has_a_tick_of_its_own(monkeypatch):
         wait_until(is_left_alone)
 
 
+def test_leader_that_is_seen_twice_within_a_tick(monkeypatch):
+    """It is not replaced: the watcher was told of something else meanwhile."""
+    monkeypatch.setattr(mi_datagram, "TICK", LONG_TICK)
+    with MadeUp() as made:
+        made.put(made.held)
+        wait_until(lambda: made.ran)
+        for number in range(3):
+            made.acts.clear()
+            made.turns.spawn(made.item(number))  # whose end is told
+            wait_until(lambda: made.acts)
+        assert not made.told
+
+
 @pytest.mark.parametrize("more", [0, 1])
 def test_leader_that_is_replaced_while_it_receives(more):
     """It may take one item more, but does not poll beside the next leader, and does not have that one replaced."""
@@ -1618,7 +1631,8 @@ def test_leader_that_is_replaced_while_it_receives(more):
         try:
             return made.receive()
         finally:
-            wait_until(lambda: threading.get_ident() not in made.ran or made.polling.locked())
+            me = threading.get_ident()
+            wait_until(lambda: me not in made.ran or made.polling.locked() or made.turns.is_ending())
 
     made = MadeUp(receive=receive)
     with made:
@@ -1634,12 +1648,12 @@ def test_leader_that_is_replaced_while_it_receives(more):
 def test_item_that_yields_the_lead():
     """A leader that yields before it waits is replaced at once, also by the last worker, which nothing else takes."""
     def yielding():
-        made.ran.append(made.turns.yield_lead())
-        assert made.ran[-1] is False or made.go.wait(DEADLINE)
+        made.ran.append(is_replaced := made.turns.yield_lead())
+        assert not is_replaced or made.go.wait(DEADLINE)
 
     with MadeUp(max_workers=2, urgent=[yielding]) as made:
         made.put(lambda: made.ran.append(made.turns.spawn(made.held)), yielding, yielding)
-        wait_until(lambda: made.ran == [False, True, False])  # the second one finds nobody
+        wait_until(lambda: sorted(made.ran) == [False, False, True])  # the second one finds nobody
 
 
 @pytest.mark.parametrize("size, fits", [(1, mi_datagram.BACKLOG), (mi_datagram.BACKLOG_BYTES // 2, 2)])
@@ -1661,6 +1675,29 @@ def test_reserve(size, fits):
         made.go.set()
         wait_until(lambda: len(made.ran) == 3 + len(rest))
         assert made.ran[2:fits + 2] == ["first", *range(fits - 1)] and sorted(made.ran[3:]) == [*range(len(rest))]
+
+
+def test_nothing_overtakes_the_backlog():
+    """Not even while a worker takes an item from it, when the leader has the next one in its hands."""
+    def receive():
+        if len(made.queue) == 1:
+            made.ran.append("receives")
+            taking.wait(DEADLINE)
+        return made.receive()
+
+    def size(item):
+        if made.go.is_set():
+            taking.set()
+            pause(0.01)
+        return 1
+
+    made, taking = MadeUp(2, receive=receive, size=size), threading.Event()
+    with made:
+        made.put(made.held, made.item("waits"), made.item("next"))
+        wait_until(lambda: "receives" in made.ran)
+        made.go.set()
+        wait_until(lambda: len(made.ran) == 4)
+    assert made.ran == ["held", "receives", "waits", "next"]
 
 
 @pytest.mark.parametrize("max_workers, stay", [(3, 2), (4, 2), (30, 1 + mi_datagram.SPARE_THREADS)])
