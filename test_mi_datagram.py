@@ -1592,8 +1592,8 @@ def test_leader_that_stalls_is_replaced(before, sleeps):
         wait_until(lambda: sorted(made.ran) == ["before"] * before + ["held", "next"])
 
 
-def test_item_after_a_poll_has_a_tick_of_its_own(monkeypatch):
-    """A leader is not replaced at the watcher's first look at an item, if that saw the one before the poll."""
+def test_each_item_has_a_whole_tick(monkeypatch):
+    """A leader keeps the lead though the watcher saw another item before the poll, or is told of something else."""
     def look():
         made.acts.clear()
         wait_until(lambda: made.acts)
@@ -1609,10 +1609,6 @@ def test_item_after_a_poll_has_a_tick_of_its_own(monkeypatch):
     made = MadeUp(receive=lambda: (made.ran and made.queue and look()) or made.receive())
     with made:
         wait_until(is_left_alone)
-
-
-def test_leader_that_is_seen_twice_within_a_tick(monkeypatch):
-    """It is not replaced: the watcher was told of something else meanwhile."""
     monkeypatch.setattr(mi_datagram, "TICK", LONG_TICK)
     with MadeUp() as made:
         made.put(made.held)
@@ -3151,16 +3147,6 @@ def test_client_in_a_forked_process(folder, name):
     assert seen[0] == seen[2] != seen[1] and len(seen) == 3
 
 
-def test_link_local_address():
-    """A server's link-local IPv6 address stands with its scope in its name, and a client finds it by that."""
-    lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
-    local = [(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line[0])), line[5]) for line in lines if line[3] == "20"]
-    if not local:
-        pytest.skip("no interface here has a link-local address")
-    with serving(interface(), "udp:[{}%{}]:0".format(*local[0])) as server, Client(server.socket_name) as client:
-        assert "%" in server.socket_name and client.call("echo", "here").nodes == [Node(None, "here")]
-
-
 @pytest.mark.parametrize("reply_dir, value, error", [
     *[(None, value, mi_datagram.RequestError) for value in (object(), float("nan"), {1, 2})],
     *[(path, "x", mi_datagram.SocketError) for path in ("/missing", "a\0b", "\udc00" * 3, "x" * 300)],
@@ -3339,7 +3325,7 @@ WRONG_CALLS = [  # wrong words of the command line, and what the one line about 
 CANNOT_SERVE = [  # what ends children before they serve, some once there is a file `bad`, and what the log says of it
     ("os.register_at_fork(after_in_child=lambda: os._exit(7))", "before it could serve"),
     ("start = mi_datagram.UnixServer.start\n"
-     "mi_datagram.UnixServer.start = lambda self: 1 / 0 if os.path.exists('bad') else start(self)", "before it could"),
+     "mi_datagram.UnixServer.start = lambda self: 1 / 0 if os.path.exists('bad') else start(self)", "ZeroDivisionError"),
 ]
 DEATHS = [  # the signal to a child that serves, what happens then, what the log says, and how many die
     (signal.SIGKILL, """
@@ -3356,11 +3342,6 @@ calls = []
 os.register_at_fork(before=lambda: calls.append(1),
                     after_in_child=lambda: len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM))
 """, "(wait status 0)", 2),
-    (signal.SIGHUP, """
-def fail(self, number=0):
-    assert not number
-mi_datagram.Supervisor.take_level = fail
-""", "failed", 1),
 ]
 DIE_YOUNG = """
 import time
@@ -3684,21 +3665,6 @@ def test_copy_that_is_run_is_the_one_that_is_imported(folder, start, package, lo
         assert values(folder / "s", "version")
 
 
-def test_two_copies_of_two_versions_serve_in_one_process(folder):
-    """Two copies of the file in one process, of two versions, know nothing of each other."""
-    (folder / "copied").mkdir()
-    text = MODULE.read_text("utf-8").replace("__version__ = ", '__version__ = "0"  # ')
-    (folder / "copied" / "mi_datagram.py").write_text(text, encoding="utf-8")
-    code = """
-from copied import mi_datagram as one; import mi_datagram as two
-with one.Interface().server("./1"), two.Interface().server("./2"):
-    print(one.Client("./2").call_json("version"), two.Client("./1").call_json("version"))
-"""
-    done = run(sys.executable, "-W", "error", "-c", code, cwd=folder)
-    versions = [{"Server": f"mi_datagram ({version})"} for version in (mi_datagram.__version__, "0")]
-    assert done.stdout == "{} {}\n".format(*versions), done.stderr
-
-
 # ---- call and shell
 
 
@@ -3987,7 +3953,6 @@ def test_signals_to_what_a_command_forked(folder, children):
 
 
 def redirected(redirection):
-    """Return a command that starts the module under a redirection of sh."""
     return ["sh", "-c", f'exec "$@" {redirection}', "sh", *MI]
 
 
@@ -4136,7 +4101,7 @@ def test_pauses_before_children_that_die_young(folder):
     assert third - second >= 0.1 and fourth - third >= 0.2
 
 
-@pytest.mark.parametrize("number, hook, why, deaths", DEATHS, ids=["fork", "told", "fails"])
+@pytest.mark.parametrize("number, hook, why, deaths", DEATHS, ids=["fork", "told"])
 def test_child_that_died_is_replaced(folder, number, hook, why, deaths):
     """Another child takes the place of one that served and dies, once one can be had; the others serve on."""
     with ops_process(folder, "--children_count", 2, load=hook, fails=True) as server:
@@ -4448,10 +4413,8 @@ CLI_CALLS = [  # for `opensips-cli -x mi`: words, and what it prints
     (["get_statistics", "parse_errors", "forbidden"], NO_ERRORS), (["which", "core:ps"], [[]]),
     (["statistics:get", "statistics=parse_errors forbidden"], NO_ERRORS),
 ]
-CLI_ERRORS = [
-    (["nonesuch"], "no command 'nonesuch'"), (["cache_flush", "zone=none"], "404: No such zone"),
-    (["cache_flush", "limit=x"], "-32602: Invalid params (Bad type for parameter 'limit')"),
-]
+CLI_ERRORS = [(["nonesuch"], "no command 'nonesuch'"), (["cache_flush", "zone=none"], "404: No such zone"),
+              (["cache_flush", "limit=x"], "-32602: Invalid params (Bad type for parameter 'limit')")]
 KAMCLI = {  # words of kamcli, and what it prints
     "ps": r" *0 +\d+ .+\n", "uptime": r'(?s).*"up_since": ".+', "srv version": r'(?s).*"result": "mi_datagram \(.+',
     "stats": r"(?s).*mi_datagram:requests = \d+.*", "stats -s parse_errors": r"(?s).*mi_datagram:parse_errors = 0.*",
